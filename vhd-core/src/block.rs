@@ -1,0 +1,200 @@
+//! What everything else consumes: a disk as a guest sees it, whatever holds it.
+
+use std::fmt;
+use std::io::{IoSlice, IoSliceMut};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+pub use crate::image::ZeroMode;
+
+use crate::error::Result;
+
+/// What a run of a disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ExtentState {
+    /// A layer holds bytes.
+    Data,
+    /// A layer says that it is zero.
+    Zero,
+    /// No layer holds it, so it reads as zeros.
+    Absent,
+}
+
+impl ExtentState {
+    /// The word for JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Data => "data",
+            Self::Zero => "zero",
+            Self::Absent => "absent",
+        }
+    }
+
+    /// True when it reads as zeros whatever the file holds.
+    #[must_use]
+    pub fn reads_zero(self) -> bool {
+        self != Self::Data
+    }
+}
+
+/// A run of a disk: what it is, which layer says so, and where its bytes are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// The bytes of the disk.
+    pub range: Range<u64>,
+    /// What they are.
+    pub state: ExtentState,
+    /// The layer that says so: 0 is the leaf. For what is absent, the base.
+    pub depth: usize,
+    /// Offset in that layer's file, for data.
+    pub offset: Option<u64>,
+}
+
+impl Extent {
+    /// Makes one of two neighbours that are alike; false when they are not.
+    pub fn merge(&mut self, next: &Self) -> bool {
+        let alike = self.range.end == next.range.start
+            && (self.state, self.depth) == (next.state, next.depth)
+            && self.offset.map(|offset| offset + (self.range.end - self.range.start)) == next.offset;
+        if alike {
+            self.range.end = next.range.end;
+        }
+        alike
+    }
+}
+
+/// What a disk is and can do; constant while it is open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Bytes, a multiple of 512.
+    pub size: u64,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// Discards in units of this many bytes give space back.
+    pub discard_granularity: u64,
+    /// Files that make up the disk: 1 without parents.
+    pub layers: usize,
+}
+
+/// A disk.
+///
+/// Contract: any range may be asked for, `u64::MAX` included, at any byte; what is not inside the disk is
+/// `OutOfRange`, never a panic, and nothing is done then. All calls may come from many threads at once. Two that
+/// overlap and one of which writes end as if one came after the other, sector by sector. A write that was answered is
+/// seen by every later read, and is durable once a later [`BlockDevice::flush`] was answered.
+pub trait BlockDevice: Send + Sync {
+    /// What it is and can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Fills all of `bufs` from `offset` on.
+    ///
+    /// # Errors
+    /// `OutOfRange`; as a layer can't be read.
+    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()>;
+
+    /// Writes all of `bufs` from `offset` on.
+    ///
+    /// # Errors
+    /// `OutOfRange`, `ReadOnly`, `Latched`, `NoSpace`, `Io`.
+    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()>;
+
+    /// Makes everything that was written before durable.
+    ///
+    /// # Errors
+    /// `Latched`, `NoSpace`, `Io`.
+    fn flush(&self) -> Result<()>;
+
+    /// Makes a range read as zeros, and keeps or gives back its space. This is discard too: a discarded range is
+    /// zero and never shows a parent's data.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::write_vectored_at`].
+    fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Result<()>;
+
+    /// Calls `visit` with the extents of a range: ascending, without gaps, neighbours alike merged.
+    ///
+    /// # Errors
+    /// `OutOfRange`; as metadata can't be read; as `visit` fails.
+    fn extents(&self, range: Range<u64>, visit: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()>;
+
+    /// The file that a layer is in; 0 is the leaf.
+    fn layer_path(&self, depth: usize) -> Option<&Path>;
+
+    /// Flushes and gives back what the host lent. The disk may be used afterwards.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::flush`].
+    fn close(&self) -> Result<()>;
+}
+
+/// A disk that is shared by all who use it: a cheap clone. Its capabilities were read once.
+#[derive(Clone)]
+pub struct Disk {
+    device: Arc<dyn BlockDevice>,
+    capabilities: Arc<Capabilities>,
+}
+
+impl Disk {
+    /// A disk over any device.
+    #[must_use]
+    pub fn new(device: impl BlockDevice + 'static) -> Self {
+        Self { capabilities: Arc::new(device.capabilities()), device: Arc::new(device) }
+    }
+
+    /// What it is and can do.
+    #[must_use]
+    pub fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.capabilities.size
+    }
+
+    /// Fills `buf` from `offset` on.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::read_vectored_at`].
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.device.read_vectored_at(&mut [IoSliceMut::new(buf)], offset)
+    }
+
+    /// Writes `buf` at `offset`.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::write_vectored_at`].
+    pub fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.device.write_vectored_at(&[IoSlice::new(buf)], offset)
+    }
+
+    /// The extents of a range, as a list.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::extents`].
+    pub fn extents_in(&self, range: Range<u64>) -> Result<Vec<Extent>> {
+        let mut extents = Vec::new();
+        self.device.extents(range, &mut |extent| {
+            extents.push(extent);
+            Ok(())
+        })?;
+        Ok(extents)
+    }
+}
+
+impl std::ops::Deref for Disk {
+    type Target = dyn BlockDevice;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.device
+    }
+}
+
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Disk").field(&self.capabilities).finish()
+    }
+}

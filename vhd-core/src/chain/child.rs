@@ -1,0 +1,166 @@
+//! Making a differencing image over a parent.
+
+use std::path::{Component, Path, PathBuf};
+
+use uuid::Uuid;
+
+use super::find::{folder_of, is_vhd_name};
+use super::{Chain, ChainOptions, Layer};
+use crate::error::{Error, ErrorKind, Result, fail};
+use crate::format::{Creator, DEFAULT_BLOCK_SIZE, Timestamp};
+use crate::image::{CreateOptions, Created, Image, NewKind, OpenOptions, ParentLink, create_file};
+use crate::storage::{FileStorage, LockMode};
+
+/// A new differencing image.
+#[derive(Clone, Debug)]
+pub struct ChildOptions {
+    /// Bytes of the disk; the parent's when `None`.
+    pub size: Option<u64>,
+    /// Bytes of a block; the parent's when `None`, or 2 MiB.
+    pub block_size: Option<u32>,
+    /// Its identifier.
+    pub uuid: [u8; 16],
+    /// Who it says made it.
+    pub creator: Creator,
+    /// When it says it was made.
+    pub timestamp: Timestamp,
+    /// Replaces what is at the child's path.
+    pub overwrite: bool,
+    /// Makes the parent read-only.
+    pub protect_parent: bool,
+}
+
+/// Makes a differencing image at `path` over `parent`, an image or a raw file. A parent without an identifier is
+/// given one first; otherwise it is not written.
+///
+/// # Errors
+/// `Locked` when someone writes to the parent; `InvalidInput`; those of [`create_file`].
+pub fn create_child(path: &Path, parent: &Path, options: &ChildOptions, open: &ChainOptions) -> Result<Created> {
+    let (layer, uuid) = if is_vhd_name(parent) {
+        let image = Chain::open_image(parent, open)?;
+        let uuid = image.footer().uuid();
+        (Layer::Image(image), uuid)
+    } else {
+        (Chain::open_raw(parent, false)?.layers()[0].clone(), [0; 16])
+    };
+    let size = options.size.unwrap_or(layer.size());
+    if size < layer.size() {
+        fail!(
+            InvalidInput,
+            "{}: size {size} is less than the parent's {} bytes; a child can only be larger",
+            path.display(),
+            layer.size()
+        );
+    }
+    let mut notes = Vec::new();
+    if size > layer.size() {
+        notes.push("larger than its parent: Windows refuses that".to_owned());
+    }
+    let uuid = match &layer {
+        Layer::Image(_) if uuid == [0; 16] => {
+            let block = layer.image().and_then(|image| image.layout()).map(|layout| layout.block_size());
+            drop(layer);
+            notes.push("the parent had no UUID and was given one".to_owned());
+            return create_over(path, parent, give_uuid(parent, open)?, size, block, options, notes);
+        }
+        _ => uuid,
+    };
+    let block = layer.image().and_then(|image| image.layout()).map(|layout| layout.block_size());
+    create_over(path, parent, uuid, size, block, options, notes)
+}
+
+fn create_over(
+    path: &Path,
+    parent: &Path,
+    uuid: [u8; 16],
+    size: u64,
+    parent_block: Option<u64>,
+    options: &ChildOptions,
+    mut notes: Vec<String>,
+) -> Result<Created> {
+    let link = link_to(path, parent, uuid)?;
+    if link.relative.starts_with("../") {
+        notes.push("the parent is not in the child's folder: opening the child will need --parent-dir or --any-parent".into());
+    }
+    let parent_block = parent_block.and_then(|size| u32::try_from(size).ok());
+    let create = CreateOptions {
+        kind: NewKind::Differencing(link),
+        size,
+        block_size: options.block_size.or(parent_block).unwrap_or(DEFAULT_BLOCK_SIZE),
+        uuid: options.uuid,
+        creator: options.creator,
+        timestamp: options.timestamp,
+    };
+    let mut created = create_file(path, &create, options.overwrite)?;
+    if options.protect_parent {
+        protect(parent)?;
+    }
+    notes.append(&mut created.notes);
+    Ok(Created { notes, ..created })
+}
+
+/// How a child at `path` names `parent`.
+///
+/// # Errors
+/// `NotFound`; `InvalidInput` for paths that are no text.
+pub fn link_to(path: &Path, parent: &Path, uuid: [u8; 16]) -> Result<ParentLink> {
+    let resolve = |path: &Path| std::fs::canonicalize(path).map_err(|error| Error::io(error, "can't be resolved").at(path));
+    let absolute = resolve(parent)?;
+    let relative = relative_to(&absolute, &resolve(folder_of(path))?);
+    let text = |path: &Path| match path.to_str() {
+        Some(text) => Ok(text.to_owned()),
+        None => Err(Error::new(ErrorKind::InvalidInput, "is not UTF-8: a parent locator can't hold it; rename it").at(path)),
+    };
+    let name = text(Path::new(absolute.file_name().unwrap_or_default()))?;
+    Ok(ParentLink { uuid, name, relative: text(&relative)?, absolute: text(&absolute)? })
+}
+
+/// The path of `target` from `folder`, both absolute and without links.
+fn relative_to(target: &Path, folder: &Path) -> PathBuf {
+    let (mut target, mut folder) = (target.components().peekable(), folder.components().peekable());
+    while let (Some(a), Some(b)) = (target.peek(), folder.peek())
+        && a == b
+    {
+        (target.next(), folder.next());
+    }
+    folder.map(|_| Component::ParentDir).chain(target).collect()
+}
+
+/// Gives an image a new identifier.
+fn give_uuid(parent: &Path, open: &ChainOptions) -> Result<[u8; 16]> {
+    let storage = std::sync::Arc::new(FileStorage::open(parent, true)?);
+    storage.lock(LockMode::Write)?;
+    // Opening it for writing makes both footers sound first.
+    let options = OpenOptions { writable: true, background_flush: None, ..open.image.clone() };
+    drop(Image::open(std::sync::Arc::clone(&storage) as _, parent, &options)?);
+    let uuid = Uuid::new_v4().into_bytes();
+    Image::set_uuid_of(&*storage, uuid).map_err(|error| error.at(parent))?;
+    Ok(uuid)
+}
+
+/// Makes a file read-only, and immutable where the file system and our rights allow.
+fn protect(path: &Path) -> Result<()> {
+    let failed = |error: std::io::Error| Error::io(error, "can't be made read-only").at(path);
+    let file = std::fs::File::open(path).map_err(failed)?;
+    let mut permissions = file.metadata().map_err(failed)?.permissions();
+    permissions.set_readonly(true);
+    file.set_permissions(permissions).map_err(failed)?;
+    if let Ok(flags) = rustix::fs::ioctl_getflags(&file) {
+        // Not allowed to ordinary users, and not known to every file system: the mode has to do then.
+        let _ = rustix::fs::ioctl_setflags(&file, flags | rustix::fs::IFlags::IMMUTABLE);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn relative_paths() {
+        let relative = |target, folder| relative_to(Path::new(target), Path::new(folder));
+        assert_eq!(relative("/a/b/base.vhd", "/a/b"), Path::new("base.vhd"));
+        assert_eq!(relative("/a/b/base.vhd", "/a/c/d"), Path::new("../../b/base.vhd"));
+        assert_eq!(relative("/a/b/c/base.vhd", "/a/b"), Path::new("c/base.vhd"));
+    }
+}

@@ -1,0 +1,271 @@
+//! A leaf and its parents, as one disk.
+
+mod child;
+mod find;
+mod open;
+mod raw;
+
+use std::io::{IoSlice, IoSliceMut};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+pub use child::link_to;
+pub use child::{ChildOptions, create_child};
+pub use find::{Locator, ParentPolicy, is_vhd_name, read_locators};
+pub use open::{ChainOptions, MAX_DEPTH};
+pub use raw::RawFile;
+
+use crate::block::{BlockDevice, Capabilities, Extent, ExtentState, ZeroMode};
+use crate::error::{Result, fail};
+use crate::image::{Below, Image, Run, RunKind};
+use crate::storage::{ReadBuffers, Storage};
+
+/// One file of a chain.
+#[derive(Clone, Debug)]
+pub enum Layer {
+    /// A VHD.
+    Image(Arc<Image>),
+    /// A raw file or device: only ever the base.
+    Raw(Arc<RawFile>),
+}
+
+impl Layer {
+    /// Bytes of the disk as this layer has it.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::Image(image) => image.size(),
+            Self::Raw(raw) => raw.size(),
+        }
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Image(image) => image.path(),
+            Self::Raw(raw) => raw.path(),
+        }
+    }
+
+    /// The VHD, where it is one.
+    #[must_use]
+    pub fn image(&self) -> Option<&Arc<Image>> {
+        match self {
+            Self::Image(image) => Some(image),
+            Self::Raw(_) => None,
+        }
+    }
+
+    fn storage(&self) -> &dyn Storage {
+        match self {
+            Self::Image(image) => &**image.storage(),
+            Self::Raw(raw) => raw.storage(),
+        }
+    }
+
+    fn map(&self, range: Range<u64>, visit: &mut dyn FnMut(Run) -> Result<()>) -> Result<()> {
+        match self {
+            Self::Image(image) => image.map(range, visit),
+            Self::Raw(_) if range.is_empty() => Ok(()),
+            Self::Raw(_) => {
+                let kind = RunKind::Present(range.start);
+                visit(Run { range, kind })
+            }
+        }
+    }
+
+    fn read(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
+        self.storage().read_vectored_at(bufs, offset).map_err(|error| match self {
+            Self::Image(image) => image.read_error(error, offset),
+            Self::Raw(raw) => raw.error(error, &format!("can't be read at {offset:#x}")),
+        })
+    }
+}
+
+/// A leaf and its parents, leaf first. Parents are never written.
+#[derive(Debug)]
+pub struct Chain {
+    layers: Vec<Layer>,
+}
+
+impl Chain {
+    /// The files, leaf first.
+    #[must_use]
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    fn leaf(&self) -> &Layer {
+        &self.layers[0]
+    }
+
+    fn below(&self) -> Parents<'_> {
+        Parents { layers: &self.layers, depth: 1 }
+    }
+
+    fn range(&self, offset: u64, len: u64) -> Result<Range<u64>> {
+        let size = self.leaf().size();
+        match offset.checked_add(len) {
+            Some(end) if end <= size => Ok(offset..end),
+            _ => fail!(OutOfRange, "{len} bytes at {offset} are not inside the disk of {size} bytes"),
+        }
+    }
+}
+
+/// The layers of a chain from some depth on.
+struct Parents<'a> {
+    layers: &'a [Layer],
+    depth: usize,
+}
+
+impl Parents<'_> {
+    /// Calls `visit` with runs of what these layers hold: the layer, and where in its file; no layer for zeros
+    /// that none of them holds.
+    fn resolve(&self, range: Range<u64>, visit: &mut dyn FnMut(Range<u64>, usize, RunKind) -> Result<()>) -> Result<()> {
+        let Some(layer) = self.layers.get(self.depth) else {
+            let base = self.layers.len() - 1;
+            return if range.is_empty() { Ok(()) } else { visit(range, base, RunKind::Absent) };
+        };
+        let inside = range.start.min(layer.size())..range.end.min(layer.size());
+        let beyond = inside.end.max(range.start)..range.end;
+        let deeper = Parents { layers: self.layers, depth: self.depth + 1 };
+        layer.map(inside, &mut |run| match run.kind {
+            RunKind::Absent => deeper.resolve(run.range, visit),
+            kind => visit(run.range, self.depth, kind),
+        })?;
+        // Past the end of a parent that is smaller than its child there is nothing, whatever lies deeper.
+        Parents { layers: self.layers, depth: self.layers.len() }.resolve(beyond, visit)
+    }
+
+    fn read(&self, bufs: &mut ReadBuffers<'_>, range: Range<u64>) -> Result<()> {
+        self.resolve(range, &mut |run, depth, kind| {
+            let len = run.end - run.start;
+            match kind {
+                RunKind::Present(offset) => self.layers[depth].read(&mut bufs.take(len), offset),
+                RunKind::Zero | RunKind::Absent => {
+                    bufs.fill_zero(len);
+                    Ok(())
+                }
+            }
+        })
+    }
+
+    /// As [`Self::resolve`], in terms of extents: holes of the host's files are zero.
+    fn extents(&self, range: Range<u64>, visit: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
+        let mut pending: Option<Extent> = None;
+        let mut push = |extent: Extent| {
+            if pending.as_mut().is_some_and(|last| last.merge(&extent)) {
+                return Ok(());
+            }
+            pending.replace(extent).map_or(Ok(()), &mut *visit)
+        };
+        self.resolve(range, &mut |run, depth, kind| {
+            let simple = |state| Extent { range: run.clone(), state, depth, offset: None };
+            match kind {
+                RunKind::Absent => push(simple(ExtentState::Absent)),
+                RunKind::Zero => push(simple(ExtentState::Zero)),
+                RunKind::Present(offset) => self.present_extents(run, depth, offset, &mut push),
+            }
+        })?;
+        pending.map_or(Ok(()), visit)
+    }
+
+    fn present_extents(
+        &self,
+        run: Range<u64>,
+        depth: usize,
+        offset: u64,
+        push: &mut dyn FnMut(Extent) -> Result<()>,
+    ) -> Result<()> {
+        let layer = &self.layers[depth];
+        let mut at = run.start;
+        while at < run.end {
+            let file_at = offset + (at - run.start);
+            let data = layer.storage().next_data(file_at).map_err(|error| match layer {
+                Layer::Image(image) => image.read_error(error, file_at),
+                Layer::Raw(raw) => raw.error(error, "can't be searched for holes"),
+            })?;
+            let to_disk = |file: u64| (run.start + file.saturating_sub(offset)).clamp(at, run.end);
+            let data = data.map_or(run.end..run.end, |data| to_disk(data.start)..to_disk(data.end));
+            if at < data.start {
+                push(Extent { range: at..data.start, state: ExtentState::Zero, depth, offset: None })?;
+            }
+            if !data.is_empty() {
+                let file_offset = offset + (data.start - run.start);
+                push(Extent { range: data.clone(), state: ExtentState::Data, depth, offset: Some(file_offset) })?;
+            }
+            at = data.end;
+        }
+        Ok(())
+    }
+}
+
+impl Below for Parents<'_> {
+    fn read_below(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let range = offset..offset + buf.len() as u64;
+        self.read(&mut ReadBuffers::new(&mut [IoSliceMut::new(buf)]), range)
+    }
+
+    fn zero_runs(&self, range: Range<u64>, visit: &mut dyn FnMut(Range<u64>, bool) -> Result<()>) -> Result<()> {
+        self.resolve(range, &mut |run, _, kind| visit(run, !matches!(kind, RunKind::Present(_))))
+    }
+}
+
+impl BlockDevice for Chain {
+    fn capabilities(&self) -> Capabilities {
+        let (read_only, discard_granularity) = match self.leaf() {
+            Layer::Image(image) => (image.is_read_only(), image.layout().map_or(4096, |layout| layout.block_size())),
+            Layer::Raw(raw) => (raw.is_read_only(), 4096),
+        };
+        Capabilities { size: self.leaf().size(), read_only, discard_granularity, layers: self.layers.len() }
+    }
+
+    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
+        let mut bufs = ReadBuffers::new(bufs);
+        let range = self.range(offset, bufs.len())?;
+        let _held = self.leaf().image().map(|image| image.hold());
+        Parents { layers: &self.layers, depth: 0 }.read(&mut bufs, range)
+    }
+
+    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {
+        self.range(offset, bufs.iter().map(|buf| buf.len() as u64).sum())?;
+        match self.leaf() {
+            Layer::Image(image) => image.write(bufs, offset, &self.below()),
+            Layer::Raw(raw) => raw.write(bufs, offset),
+        }
+    }
+
+    fn flush(&self) -> Result<()> {
+        match self.leaf() {
+            Layer::Image(image) => image.flush(),
+            Layer::Raw(raw) => raw.flush(),
+        }
+    }
+
+    fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Result<()> {
+        let range = self.range(range.start, range.end.saturating_sub(range.start))?;
+        match self.leaf() {
+            Layer::Image(image) => image.zero(range, mode, &self.below()),
+            Layer::Raw(raw) => raw.zero(range, mode),
+        }
+    }
+
+    fn extents(&self, range: Range<u64>, visit: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
+        let range = self.range(range.start, range.end.saturating_sub(range.start))?;
+        let _held = self.leaf().image().map(|image| image.hold());
+        Parents { layers: &self.layers, depth: 0 }.extents(range, visit)
+    }
+
+    fn layer_path(&self, depth: usize) -> Option<&Path> {
+        self.layers.get(depth).map(Layer::path)
+    }
+
+    fn close(&self) -> Result<()> {
+        match self.leaf() {
+            Layer::Image(image) => image.close(),
+            Layer::Raw(raw) => raw.flush(),
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! The one error type of the crate.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What sort of failure an [`Error`] is: what a caller can act on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The host failed to read, write or sync.
+    Io,
+    /// The host has no room. The image is unharmed and goes on when there is room again.
+    NoSpace,
+    /// The file is not a VHD.
+    NotVhd,
+    /// The image contradicts itself or the format.
+    Corrupt,
+    /// Legal, but nothing that is served here.
+    Unsupported,
+    /// The parent could not be found, is another image or may not be opened.
+    Parent,
+    /// The image is in use by someone else.
+    Locked,
+    /// Refused to protect data; an option overrides it.
+    Refused,
+    /// The image or device was opened read-only.
+    ReadOnly,
+    /// The range is not inside the disk.
+    OutOfRange,
+    /// An earlier write failed, so the image takes no more of them.
+    Latched,
+    /// The file does not exist.
+    NotFound,
+    /// The file exists already.
+    Exists,
+    /// What was asked for makes no sense.
+    InvalidInput,
+}
+
+impl ErrorKind {
+    /// The word for this kind in JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Io => "io",
+            Self::NoSpace => "no-space",
+            Self::NotVhd => "not-vhd",
+            Self::Corrupt => "corrupt",
+            Self::Unsupported => "unsupported",
+            Self::Parent => "parent",
+            Self::Locked => "locked",
+            Self::Refused => "refused",
+            Self::ReadOnly => "read-only",
+            Self::OutOfRange => "out-of-range",
+            Self::Latched => "latched",
+            Self::NotFound => "not-found",
+            Self::Exists => "exists",
+            Self::InvalidInput => "invalid-input",
+        }
+    }
+}
+
+/// What went wrong with which file: what was found, what was expected, what to do.
+pub struct Error(Box<Inner>);
+
+struct Inner {
+    kind: ErrorKind,
+    path: Option<PathBuf>,
+    message: String,
+    source: Option<io::Error>,
+}
+
+impl Error {
+    /// An error of `kind` with a message of one line.
+    #[must_use]
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self(Box::new(Inner { kind, path: None, message: message.into(), source: None }))
+    }
+
+    /// A failure of the host, `doing` what: "can't read 512 bytes at offset 0".
+    #[must_use]
+    pub fn io(source: io::Error, doing: impl Into<String>) -> Self {
+        use io::ErrorKind as Io;
+        let kind = match source.kind() {
+            Io::StorageFull | Io::QuotaExceeded => ErrorKind::NoSpace,
+            Io::NotFound => ErrorKind::NotFound,
+            Io::AlreadyExists => ErrorKind::Exists,
+            Io::ReadOnlyFilesystem => ErrorKind::ReadOnly,
+            _ => ErrorKind::Io,
+        };
+        Self(Box::new(Inner { kind, path: None, message: doing.into(), source: Some(source) }))
+    }
+
+    /// Names the file, unless a layer below already did.
+    #[must_use]
+    pub fn at(mut self, path: &Path) -> Self {
+        self.0.path.get_or_insert_with(|| path.to_owned());
+        self
+    }
+
+    /// The same failure as another kind.
+    #[must_use]
+    pub fn with_kind(mut self, kind: ErrorKind) -> Self {
+        self.0.kind = kind;
+        self
+    }
+
+    /// What sort of failure this is.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// The file that it is about.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.0.path.as_deref()
+    }
+
+    /// What is wrong, without the file's name.
+    #[must_use]
+    pub fn message(&self) -> String {
+        match &self.0.source {
+            Some(source) => format!("{}: {source}", self.0.message),
+            None => self.0.message.clone(),
+        }
+    }
+
+    /// The number that the host gave, where it was the host.
+    #[must_use]
+    pub fn raw_os_error(&self) -> Option<i32> {
+        self.0.source.as_ref().and_then(io::Error::raw_os_error)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(path) = self.path() {
+            write!(f, "{}: ", path.display())?;
+        }
+        f.write_str(&self.message())
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}({self})", self.0.kind)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Shorthand for `Err(Error::new(kind, format!(…)))`.
+macro_rules! fail {
+    ($kind:ident, $($message:tt)+) => {
+        return Err($crate::Error::new($crate::ErrorKind::$kind, format!($($message)+)))
+    };
+}
+pub(crate) use fail;

@@ -1,0 +1,398 @@
+//! The footer: 512 bytes at the end of every VHD, and in dynamic and differencing ones a copy at offset 0.
+
+use std::mem::{offset_of, size_of};
+
+use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::checksum::ones_complement;
+use super::{FOOTER_LEN, Geometry, HEADER_LEN, SECTOR, Timestamp};
+
+/// First eight bytes of a footer.
+pub const FOOTER_COOKIE: [u8; 8] = *b"conectix";
+const VERSION_1: u32 = 0x0001_0000;
+/// Feature bit that the specification wants set always.
+const FEATURE_RESERVED: u32 = 2;
+/// Data offset of a fixed disk.
+const NO_DATA_OFFSET: u64 = u64::MAX;
+const CHECKSUM: std::ops::Range<usize> = 64..68;
+
+/// The footer as bytes.
+#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct FooterBytes {
+    cookie: [u8; 8],
+    features: U32,
+    version: U32,
+    data_offset: U64,
+    timestamp: U32,
+    creator_app: [u8; 4],
+    creator_version: U32,
+    creator_os: [u8; 4],
+    original_size: U64,
+    current_size: U64,
+    cylinders: U16,
+    heads: u8,
+    sectors: u8,
+    disk_type: U32,
+    checksum: U32,
+    uuid: [u8; 16],
+    saved_state: u8,
+    hidden: u8,
+    reserved: [u8; 426],
+}
+
+const _: () = {
+    assert!(size_of::<FooterBytes>() == FOOTER_LEN);
+    assert!(offset_of!(FooterBytes, data_offset) == 16);
+    assert!(offset_of!(FooterBytes, current_size) == 48);
+    assert!(offset_of!(FooterBytes, disk_type) == 60);
+    assert!(offset_of!(FooterBytes, checksum) == CHECKSUM.start);
+    assert!(offset_of!(FooterBytes, uuid) == 68);
+    assert!(offset_of!(FooterBytes, hidden) == 85);
+};
+
+/// The kinds of image that the format has. Linked and undo disks are differencing ones to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskType {
+    /// Type 2: all data, then the footer.
+    Fixed,
+    /// Type 3: blocks allocated as they are written.
+    Dynamic,
+    /// Type 4: a dynamic image over a parent.
+    Differencing,
+}
+
+impl DiskType {
+    fn from_code(code: u32) -> Result<Self, FooterError> {
+        match code {
+            2 => Ok(Self::Fixed),
+            3 => Ok(Self::Dynamic),
+            4 => Ok(Self::Differencing),
+            _ => Err(FooterError::DiskType(code)),
+        }
+    }
+
+    fn code(self) -> u32 {
+        match self {
+            Self::Fixed => 2,
+            Self::Dynamic => 3,
+            Self::Differencing => 4,
+        }
+    }
+
+    /// The word that the command line uses: `fixed`, `dynamic`, `differencing`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fixed => "fixed",
+            Self::Dynamic => "dynamic",
+            Self::Differencing => "differencing",
+        }
+    }
+}
+
+/// Who made an image: application, its version, and the host's system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Creator {
+    /// Four characters: `win `, `vpc `, `vbox`, `tap\0`, …
+    pub app: [u8; 4],
+    /// Major version in the upper 16 bits.
+    pub version: u32,
+    /// `Wi2k` or `Mac `; tapdisk writes zeros.
+    pub os: [u8; 4],
+}
+
+impl Creator {
+    /// What this project writes: Windows 10's, because QEMU and others size a disk by its geometry when they do
+    /// not know its creator.
+    pub const WINDOWS_10: Self = Self { app: *b"win ", version: 0x000A_0000, os: *b"Wi2k" };
+}
+
+/// What is wrong with bytes that should be a footer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FooterError {
+    /// The cookie is another one.
+    #[error("no footer: found {}, expected \"conectix\"", printable(.0))]
+    Cookie([u8; 8]),
+    /// The checksum is not that of the bytes.
+    #[error("footer checksum is {found:#010x}, its bytes give {computed:#010x}")]
+    Checksum {
+        /// In the file.
+        found: u32,
+        /// Of the file's bytes.
+        computed: u32,
+    },
+    /// A version of the format that was never published.
+    #[error("footer format version is {0:#010x}, expected 0x00010000")]
+    Version(u32),
+    /// A type that is none, reserved or deprecated.
+    #[error("disk type is {0}, expected 2 (fixed), 3 (dynamic) or 4 (differencing)")]
+    DiskType(u32),
+    /// The data offset can't be that of a dynamic header.
+    #[error("footer data offset is {0:#x}, expected the place of a dynamic header (a multiple of 512, from 0x200)")]
+    DataOffset(u64),
+}
+
+fn printable(bytes: &[u8]) -> String {
+    format!("\"{}\"", bytes.escape_ascii())
+}
+
+/// A footer whose cookie, version, type and data offset are right. The checksum is right too, unless it was
+/// parsed by [`Footer::parse_tolerant`]; it is always right in [`Footer::to_bytes`].
+#[derive(Clone)]
+pub struct Footer {
+    bytes: FooterBytes,
+    disk_type: DiskType,
+}
+
+/// What a new image's footer says.
+#[derive(Clone, Debug)]
+pub struct NewFooter {
+    /// Kind of image.
+    pub disk_type: DiskType,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Identifier of the image.
+    pub uuid: [u8; 16],
+    /// Who makes it.
+    pub creator: Creator,
+    /// When.
+    pub timestamp: Timestamp,
+}
+
+impl Footer {
+    /// Reads a footer.
+    ///
+    /// # Errors
+    /// Anything [`FooterError`] names. A checksum that is right only with byte 85 cleared is accepted: tapdisk
+    /// 0.1 and 1.1 set that byte without mending the checksum.
+    pub fn parse(bytes: &[u8; FOOTER_LEN]) -> Result<Self, FooterError> {
+        let footer = Self::parse_tolerant(bytes)?;
+        let (found, computed) = (footer.bytes.checksum.get(), footer.computed_checksum());
+        let visible = || {
+            let mut copy = footer.clone();
+            copy.bytes.hidden = 0;
+            copy.computed_checksum()
+        };
+        if found == computed || (footer.bytes.hidden != 0 && found == visible()) {
+            Ok(footer)
+        } else {
+            Err(FooterError::Checksum { found, computed })
+        }
+    }
+
+    /// Reads a footer whatever its checksum.
+    ///
+    /// # Errors
+    /// Anything [`FooterError`] names but the checksum.
+    pub fn parse_tolerant(bytes: &[u8; FOOTER_LEN]) -> Result<Self, FooterError> {
+        let bytes = FooterBytes::read_from_bytes(bytes).unwrap_or_else(|_| unreachable!("both are 512 bytes"));
+        if bytes.cookie != FOOTER_COOKIE {
+            return Err(FooterError::Cookie(bytes.cookie));
+        }
+        if bytes.version.get() != VERSION_1 {
+            return Err(FooterError::Version(bytes.version.get()));
+        }
+        let disk_type = DiskType::from_code(bytes.disk_type.get())?;
+        let offset = bytes.data_offset.get();
+        if disk_type != DiskType::Fixed && (offset < FOOTER_LEN as u64 || offset % SECTOR != 0 || offset > i64::MAX as u64) {
+            return Err(FooterError::DataOffset(offset));
+        }
+        Ok(Self { bytes, disk_type })
+    }
+
+    /// A footer for a new image. The dynamic header of a dynamic or differencing one follows at offset 512.
+    #[must_use]
+    pub fn new(new: &NewFooter) -> Self {
+        let geometry = Geometry::for_sectors(new.size / SECTOR);
+        let dynamic = new.disk_type != DiskType::Fixed;
+        let bytes = FooterBytes {
+            cookie: FOOTER_COOKIE,
+            features: U32::new(FEATURE_RESERVED),
+            version: U32::new(VERSION_1),
+            data_offset: U64::new(if dynamic { FOOTER_LEN as u64 } else { NO_DATA_OFFSET }),
+            timestamp: U32::new(new.timestamp.0),
+            creator_app: new.creator.app,
+            creator_version: U32::new(new.creator.version),
+            creator_os: new.creator.os,
+            original_size: U64::new(new.size),
+            current_size: U64::new(new.size),
+            cylinders: U16::new(geometry.cylinders),
+            heads: geometry.heads,
+            sectors: geometry.sectors,
+            disk_type: U32::new(new.disk_type.code()),
+            checksum: U32::ZERO,
+            uuid: new.uuid,
+            saved_state: 0,
+            hidden: 0,
+            reserved: [0; 426],
+        };
+        Self { bytes, disk_type: new.disk_type }
+    }
+
+    /// The bytes to write, with their checksum. All bytes that this type does not know are as they were read.
+    #[must_use]
+    pub fn to_bytes(&self) -> [u8; FOOTER_LEN] {
+        let mut bytes = self.bytes;
+        bytes.checksum = U32::new(self.computed_checksum());
+        zerocopy::transmute!(bytes)
+    }
+
+    fn computed_checksum(&self) -> u32 {
+        ones_complement(self.bytes.as_bytes(), CHECKSUM)
+    }
+
+    /// Kind of image.
+    #[must_use]
+    pub fn disk_type(&self) -> DiskType {
+        self.disk_type
+    }
+
+    /// Feature bits: 1 temporary, 2 reserved (always set).
+    #[must_use]
+    pub fn features(&self) -> u32 {
+        self.bytes.features.get()
+    }
+
+    /// File offset of the dynamic header, for all but fixed disks.
+    #[must_use]
+    pub fn header_offset(&self) -> Option<u64> {
+        (self.disk_type != DiskType::Fixed).then(|| self.bytes.data_offset.get())
+    }
+
+    /// First byte after footer copy and dynamic header, for all but fixed disks.
+    #[must_use]
+    pub fn header_end(&self) -> Option<u64> {
+        self.header_offset().map(|offset| offset + HEADER_LEN as u64)
+    }
+
+    /// When the image was made.
+    #[must_use]
+    pub fn timestamp(&self) -> Timestamp {
+        Timestamp(self.bytes.timestamp.get())
+    }
+
+    /// Who made it.
+    #[must_use]
+    pub fn creator(&self) -> Creator {
+        Creator { app: self.bytes.creator_app, version: self.bytes.creator_version.get(), os: self.bytes.creator_os }
+    }
+
+    /// Bytes of the disk when it was created.
+    #[must_use]
+    pub fn original_size(&self) -> u64 {
+        self.bytes.original_size.get()
+    }
+
+    /// Bytes of the disk now: what everyone but Virtual PC and old QEMU shows to a guest.
+    #[must_use]
+    pub fn current_size(&self) -> u64 {
+        self.bytes.current_size.get()
+    }
+
+    /// The geometry that is recorded, right or not.
+    #[must_use]
+    pub fn geometry(&self) -> Geometry {
+        Geometry { cylinders: self.bytes.cylinders.get(), heads: self.bytes.heads, sectors: self.bytes.sectors }
+    }
+
+    /// Identifier of the image, compared bytewise.
+    #[must_use]
+    pub fn uuid(&self) -> [u8; 16] {
+        self.bytes.uuid
+    }
+
+    /// True when a virtual machine's saved state relies on this image as it is.
+    #[must_use]
+    pub fn saved_state(&self) -> bool {
+        self.bytes.saved_state != 0
+    }
+
+    /// tapdisk's `hidden` byte: set on images that exist for their children only.
+    #[must_use]
+    pub fn hidden(&self) -> bool {
+        self.bytes.hidden != 0
+    }
+
+    /// True when the reserved bytes hold anything but zeros.
+    #[must_use]
+    pub fn has_reserved_data(&self) -> bool {
+        self.bytes.reserved.iter().any(|&byte| byte != 0)
+    }
+
+    /// Gives the image another identifier.
+    pub fn set_uuid(&mut self, uuid: [u8; 16]) {
+        self.bytes.uuid = uuid;
+    }
+}
+
+impl std::fmt::Debug for Footer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Footer")
+            .field("disk_type", &self.disk_type)
+            .field("current_size", &self.current_size())
+            .field("creator", &self.creator())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Two footers are equal when all their bytes are, the checksum aside.
+impl PartialEq for Footer {
+    fn eq(&self, other: &Self) -> bool {
+        self.to_bytes() == other.to_bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Footer {
+        Footer::new(&NewFooter {
+            disk_type: DiskType::Dynamic,
+            size: 40 << 20,
+            uuid: [7; 16],
+            creator: Creator::WINDOWS_10,
+            timestamp: Timestamp(1),
+        })
+    }
+
+    #[test]
+    fn survives_the_round_trip_with_bytes_it_does_not_know() {
+        let mut bytes = sample().to_bytes();
+        bytes[300] = 0x5a;
+        bytes[84] = 1;
+        let sum = ones_complement(&bytes, CHECKSUM);
+        bytes[CHECKSUM].copy_from_slice(U32::new(sum).as_bytes());
+        let footer = Footer::parse(&bytes).unwrap();
+        assert!(footer.saved_state() && footer.has_reserved_data());
+        assert_eq!(footer.to_bytes(), bytes);
+    }
+
+    #[test]
+    fn every_wrong_field_is_named() {
+        let good = sample().to_bytes();
+        let with = |offset: usize, value: u8| {
+            let mut bytes = good;
+            bytes[offset] = value;
+            Footer::parse(&bytes).unwrap_err()
+        };
+        assert!(matches!(with(0, b'x'), FooterError::Cookie(_)));
+        assert!(matches!(with(12, 9), FooterError::Version(_)));
+        for code in [0, 1, 5, 6, 7] {
+            assert_eq!(with(63, code), FooterError::DiskType(code.into()));
+        }
+        assert!(matches!(with(23, 1), FooterError::DataOffset(_)));
+        assert!(matches!(with(70, 8), FooterError::Checksum { .. }));
+    }
+
+    #[test]
+    fn hidden_byte_may_miss_in_the_checksum() {
+        let mut bytes = sample().to_bytes();
+        bytes[85] = 1;
+        assert!(Footer::parse(&bytes).unwrap().hidden());
+        bytes[86] = 1;
+        assert!(Footer::parse(&bytes).is_err());
+    }
+}

@@ -1,0 +1,99 @@
+//! The footers of a file: the trailing one and the copy at its start, each as it was found.
+
+use std::io;
+
+use crate::format::{DiskType, FOOTER_LEN, Footer, FooterError, OLD_FOOTER_LEN, SECTOR};
+use crate::storage::Storage;
+
+/// Both footers of a file.
+#[derive(Debug)]
+pub struct Footers {
+    /// Bytes of the file.
+    pub file_len: u64,
+    /// The trailing footer. Its first byte is at [`Self::trailing_at`].
+    pub trailing: Result<Footer, FooterError>,
+    /// File offset of the trailing footer, or of the last sector where there is none.
+    pub trailing_at: u64,
+    /// True when the trailing footer is of the 511 bytes that Virtual PC wrote before 2004.
+    pub trailing_is_short: bool,
+    /// The copy at offset 0. Of a fixed disk these are data, and may be anything a guest put there.
+    pub copy: Result<Footer, FooterError>,
+    trailing_bytes: [u8; FOOTER_LEN],
+    copy_bytes: [u8; FOOTER_LEN],
+}
+
+/// Which footer of a file counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Authority {
+    /// The trailing footer, as always when it is valid.
+    Trailing,
+    /// The copy at offset 0, because the trailing footer is missing or damaged.
+    Copy,
+}
+
+impl Footers {
+    /// Reads both. A file of fewer than 512 bytes has none.
+    ///
+    /// # Errors
+    /// As the host fails to read.
+    pub fn read(storage: &dyn Storage) -> io::Result<Self> {
+        let file_len = storage.len()?;
+        let mut copy_bytes = [0; FOOTER_LEN];
+        let mut trailing_bytes = [0; FOOTER_LEN];
+        let mut trailing_at = file_len.saturating_sub(SECTOR);
+        let mut trailing_is_short = false;
+        if file_len >= SECTOR {
+            storage.read_at(&mut copy_bytes, 0)?;
+            storage.read_at(&mut trailing_bytes, trailing_at)?;
+        }
+        let mut trailing = Footer::parse(&trailing_bytes);
+        if trailing.is_err() && file_len >= OLD_FOOTER_LEN as u64 {
+            let at = file_len - OLD_FOOTER_LEN as u64;
+            let mut bytes = [0; FOOTER_LEN];
+            storage.read_at(&mut bytes[..OLD_FOOTER_LEN], at)?;
+            // Files of Virtual PC 5 may be this short as a whole; others hold a cookie here by chance only.
+            if bytes.starts_with(&crate::format::FOOTER_COOKIE) {
+                (trailing_bytes, trailing_at, trailing_is_short) = (bytes, at, true);
+                trailing = Footer::parse(&bytes);
+            }
+        }
+        Ok(Self {
+            file_len,
+            trailing,
+            trailing_at,
+            trailing_is_short,
+            copy: Footer::parse(&copy_bytes),
+            trailing_bytes,
+            copy_bytes,
+        })
+    }
+
+    /// The footer that counts: the trailing one where it is valid, else the copy where that belongs to a dynamic or
+    /// differencing image. `tolerant` takes one with a wrong checksum if there is nothing better.
+    ///
+    /// # Errors
+    /// What is wrong with the trailing footer.
+    pub fn authority(&self, tolerant: bool) -> Result<(Footer, Authority), FooterError> {
+        let sparse = |footer: &Footer| footer.disk_type() != DiskType::Fixed;
+        match (&self.trailing, &self.copy) {
+            (Ok(footer), _) => Ok((footer.clone(), Authority::Trailing)),
+            (Err(_), Ok(copy)) if sparse(copy) => Ok((copy.clone(), Authority::Copy)),
+            (Err(error), _) if tolerant => match Footer::parse_tolerant(&self.trailing_bytes) {
+                Ok(footer) => Ok((footer, Authority::Trailing)),
+                Err(_) => match Footer::parse_tolerant(&self.copy_bytes) {
+                    Ok(copy) if sparse(&copy) => Ok((copy, Authority::Copy)),
+                    _ => Err(error.clone()),
+                },
+            },
+            // Damage to a copy with the right cookie says more than the absence of a trailing footer.
+            (Err(FooterError::Cookie(_)), Err(copy)) if !matches!(copy, FooterError::Cookie(_)) => Err(copy.clone()),
+            (Err(error), _) => Err(error.clone()),
+        }
+    }
+
+    /// True when tapdisk overwrote the trailing footer, which it does while it has an image open.
+    #[must_use]
+    pub fn is_marked_by_tapdisk(&self) -> bool {
+        self.trailing_bytes.iter().all(|&byte| byte == 0xC7)
+    }
+}

@@ -1,0 +1,429 @@
+//! Opening an image: what its footers and header say, what can be mended, where its free space is.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use super::background::Flusher;
+use super::bat::Bat;
+use super::bitmap::BitmapCache;
+use super::commit::Meta;
+use super::footers::{Authority, Footers};
+use super::{Image, Sparse, kind_name};
+use crate::error::{Error, ErrorKind, Result, fail};
+use crate::format::{
+    BAT_ENTRY_LEN, Batmap, DiskType, DynamicHeader, FOOTER_LEN, Footer, FooterError, HEADER_LEN, HeaderError, MAX_DISK_SIZE,
+    SECTOR,
+};
+use crate::layout::{Layout, file_len_for};
+use crate::storage::Storage;
+
+/// Which of the two sizes in a footer is the disk's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SizePolicy {
+    /// The current size, as Windows and everyone but Virtual PC and old QEMU do.
+    #[default]
+    Current,
+    /// What the geometry addresses, as Virtual PC and old QEMU do.
+    Geometry,
+}
+
+/// How an image is opened.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// For writing too. Mends footers, clears tapdisk's batmap, and refuses images whose blocks overlap.
+    pub writable: bool,
+    /// Wrong checksums are warnings. Only for reading.
+    pub tolerant: bool,
+    /// Which size counts.
+    pub size: SizePolicy,
+    /// Opens for writing what a saved state relies on.
+    pub force: bool,
+    /// How long deferred metadata may wait for the background flush; `None` leaves it to the callers' flushes.
+    pub background_flush: Option<Duration>,
+}
+
+impl Default for OpenOptions {
+    /// Read-only, strict; when writable, a background flush that keeps promise P5: three seconds, so that with the
+    /// flush itself five are not exceeded.
+    fn default() -> Self {
+        Self {
+            writable: false,
+            tolerant: false,
+            size: SizePolicy::Current,
+            force: false,
+            background_flush: Some(Duration::from_secs(3)),
+        }
+    }
+}
+
+impl Image {
+    /// Opens the image in `storage`. `path` is for messages and for finding parents. Locks are the caller's.
+    ///
+    /// # Errors
+    /// `NotVhd`, `Corrupt`, `Unsupported`, `Refused`; as the host fails. The file is as it was then.
+    pub fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result<Arc<Self>> {
+        let image = open(storage, path, options).map_err(|error| error.at(path))?;
+        let image = Arc::new(image);
+        if let (true, Some(interval)) = (options.writable, options.background_flush) {
+            let _ = image.background.set(Flusher::new(Arc::downgrade(&image), interval));
+        }
+        Ok(image)
+    }
+}
+
+/// What was found about a file before an [`Image`] is made of it.
+struct Found {
+    footers: Footers,
+    footer: Footer,
+    authority: Authority,
+    size: u64,
+    warnings: Vec<String>,
+}
+
+fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result<Image> {
+    if options.writable && options.tolerant {
+        fail!(InvalidInput, "tolerant opening is for reading only");
+    }
+    let mut found = find(&*storage, options)?;
+    let sparse = match found.footer.disk_type() {
+        DiskType::Fixed => None,
+        _ => Some(open_sparse(&*storage, &mut found, options)?),
+    };
+    if sparse.is_none() {
+        check_fixed(&mut found, options)?;
+    }
+    let mut file_len = found.footers.file_len;
+    let mut meta = Meta::default();
+    if options.writable {
+        if found.footer.saved_state() && !options.force {
+            fail!(
+                Refused,
+                "a virtual machine's saved state relies on it, so it is not opened for writing; discard that state, or use --force"
+            );
+        }
+        // What a killed process wrote is in the page cache only: what we read and build upon must not change
+        // if the power fails.
+        storage.sync().map_err(|error| Error::io(error, "can't be synced"))?;
+        if let Some(sparse) = &sparse {
+            let blocks = scan_blocks(&*storage, sparse, &found)?;
+            let free = free_ranges(sparse, &blocks, found.footers.trailing_at);
+            meta = Meta::new(u32::try_from(blocks.len()).unwrap_or(u32::MAX), free);
+            let data_end = blocks.last().map_or(0, |&sector| sparse.layout.slot(sector).end);
+            let end = data_end.max(sparse.metadata_end());
+            file_len = mend(&*storage, sparse, &found, end)?;
+        } else if found.footers.trailing_is_short {
+            file_len = complete_short_footer(&*storage, &found.footers)?;
+        }
+    }
+    Ok(Image {
+        storage,
+        path: path.to_owned(),
+        footer: found.footer,
+        size: found.size,
+        read_only: !options.writable,
+        warnings: found.warnings,
+        sparse,
+        meta: Mutex::new(meta),
+        flush: Mutex::new(()),
+        completed: AtomicU64::new(0),
+        durable: AtomicU64::new(0),
+        latch: OnceLock::new(),
+        background: OnceLock::new(),
+        file_len: AtomicU64::new(file_len),
+    })
+}
+
+/// Reads the footers and settles which counts and how large the disk is.
+fn find(storage: &dyn Storage, options: &OpenOptions) -> Result<Found> {
+    let footers = Footers::read(storage).map_err(|error| Error::io(error, "can't be read"))?;
+    let (footer, authority) = footers.authority(options.tolerant).map_err(|error| footer_error(&footers, &error))?;
+    let mut warnings = Vec::new();
+    match (&footers.trailing, authority) {
+        (Err(_), Authority::Copy) if footers.is_marked_by_tapdisk() => {
+            warnings.push(
+                "tapdisk marked the trailing footer: the image is in use there, or was not closed; the copy at its start is used"
+                    .into(),
+            );
+        }
+        (Err(error), Authority::Copy) => {
+            warnings.push(format!("trailing footer is not valid ({error}); the copy at the start is used"))
+        }
+        (Err(error), Authority::Trailing) => warnings.push(error.to_string()),
+        (Ok(_), _) => {}
+    }
+    if authority == Authority::Trailing && footer.disk_type() != DiskType::Fixed {
+        match &footers.copy {
+            Ok(copy) if *copy == footer => {}
+            Ok(_) => warnings.push("the footer copy at the start differs from the trailing footer, which counts".into()),
+            Err(error) => warnings.push(format!("the footer copy at the start is not valid ({error})")),
+        }
+    }
+    if footers.trailing_is_short {
+        warnings.push("the trailing footer has 511 bytes, as Virtual PC wrote before 2004".into());
+    }
+    let size = disk_size(&footer, options.size, &mut warnings)?;
+    Ok(Found { footers, footer, authority, size, warnings })
+}
+
+fn footer_error(footers: &Footers, error: &FooterError) -> Error {
+    let (kind, message) = match error {
+        _ if footers.file_len < SECTOR && !footers.trailing_is_short => {
+            (ErrorKind::NotVhd, format!("is no VHD: it has {} bytes, a footer alone has 512", footers.file_len))
+        }
+        FooterError::Cookie(found) => (
+            ErrorKind::NotVhd,
+            format!(
+                "is no VHD: expected a footer that begins with \"conectix\" in the last 512 bytes or the first, found \"{}\"",
+                found.escape_ascii()
+            ),
+        ),
+        FooterError::Checksum { .. } => {
+            (ErrorKind::Corrupt, format!("{error}; --tolerant reads it all the same, `vhd check` says more"))
+        }
+        FooterError::DiskType(_) | FooterError::Version(_) => (ErrorKind::Unsupported, error.to_string()),
+        FooterError::DataOffset(_) => (ErrorKind::Corrupt, error.to_string()),
+    };
+    Error::new(kind, message)
+}
+
+fn disk_size(footer: &Footer, policy: SizePolicy, warnings: &mut Vec<String>) -> Result<u64> {
+    let (current, geometry) = (footer.current_size(), footer.geometry().size());
+    if current != geometry && footer.geometry() != crate::format::Geometry::for_sectors(current / SECTOR) {
+        warnings.push(format!("current size is {current}, the geometry addresses {geometry} bytes; --force-size chooses"));
+    }
+    let size = match policy {
+        SizePolicy::Current => current,
+        SizePolicy::Geometry => geometry,
+    };
+    if size % SECTOR != 0 {
+        warnings.push(format!("size {size} is not a multiple of 512; the last {} bytes are left out", size % SECTOR));
+    }
+    let size = size - size % SECTOR;
+    if size == 0 || size > MAX_DISK_SIZE {
+        fail!(Corrupt, "disk size is {size} bytes, expected 512 to {MAX_DISK_SIZE}");
+    }
+    Ok(size)
+}
+
+fn check_fixed(found: &mut Found, options: &OpenOptions) -> Result<()> {
+    let room = found.footers.trailing_at;
+    if found.size <= room {
+        return Ok(());
+    }
+    let message = format!("fixed disk of {} bytes has only {room} before its footer; it was cut short", found.size);
+    if !options.tolerant {
+        fail!(Corrupt, "{message}; --tolerant reads what is there");
+    }
+    found.warnings.push(message);
+    found.size = room - room % SECTOR;
+    Ok(())
+}
+
+fn open_sparse(storage: &dyn Storage, found: &mut Found, options: &OpenOptions) -> Result<Sparse> {
+    let file_len = found.footers.file_len;
+    let header_at = found.footer.header_offset().unwrap_or(0);
+    let header = read_header(storage, header_at, found, options)?;
+    let layout = Layout::new(found.size, header.block_size());
+    if layout.blocks() > header.max_table_entries() {
+        fail!(
+            Corrupt,
+            "BAT has {} entries, a disk of {} bytes needs {}",
+            header.max_table_entries(),
+            found.size,
+            layout.blocks()
+        );
+    }
+    let bat_end = header.bat_offset().saturating_add(u64::from(layout.blocks()) * BAT_ENTRY_LEN);
+    if bat_end > file_len {
+        fail!(Corrupt, "BAT ends at {bat_end:#x}, beyond the end of the file ({file_len:#x} bytes); it was cut short");
+    }
+    let batmap = read_batmap(storage, &found.footer, &header, file_len)?;
+    let mut metadata = vec![0..FOOTER_LEN as u64, header_at..header_at + HEADER_LEN as u64, header.bat_offset()..bat_end];
+    // A payload of which only the length is known: the space around it may be sectors or bytes.
+    let payloads = header.locators().filter(|locator| locator.is_used() && locator.data_length > 0);
+    metadata.extend(payloads.filter_map(|locator| {
+        let end = locator.data_offset.checked_add(u64::from(locator.data_length))?;
+        (end <= file_len).then_some(locator.data_offset..end)
+    }));
+    if let Some(batmap) = &batmap {
+        metadata.push(Batmap::header_offset(header.bat_offset(), header.max_table_entries())..batmap.offset() + batmap.len());
+    }
+    metadata.sort_by_key(|range| range.start);
+    let metadata_max = metadata.iter().map(|range| range.end).max().unwrap_or(0);
+    Ok(Sparse {
+        bat: Bat::new(header.bat_offset(), layout.blocks()),
+        bitmaps: BitmapCache::new(&layout),
+        differencing: found.footer.disk_type() == DiskType::Differencing,
+        header,
+        layout,
+        batmap,
+        metadata,
+        metadata_max,
+        stripes: std::array::from_fn(|_| std::sync::RwLock::default()),
+        grace: super::Grace::default(),
+    })
+}
+
+fn read_header(storage: &dyn Storage, at: u64, found: &mut Found, options: &OpenOptions) -> Result<DynamicHeader> {
+    let kind = kind_name(found.footer.disk_type());
+    let file_len = found.footers.file_len;
+    if at.saturating_add(HEADER_LEN as u64) > file_len {
+        fail!(Corrupt, "{kind} disk's header should be at {at:#x}, beyond the end of the file ({file_len:#x} bytes)");
+    }
+    let mut bytes = [0; HEADER_LEN];
+    storage.read_at(&mut bytes, at).map_err(|error| Error::io(error, format!("can't be read at {at:#x}")))?;
+    match DynamicHeader::parse(&bytes) {
+        Err(error @ HeaderError::Checksum { .. }) if options.tolerant => {
+            found.warnings.push(error.to_string());
+            DynamicHeader::parse_tolerant(&bytes)
+        }
+        result => result,
+    }
+    .map_err(|error| match error {
+        HeaderError::Checksum { .. } => {
+            Error::new(ErrorKind::Corrupt, format!("{error}; --tolerant reads it all the same, `vhd check` says more"))
+        }
+        HeaderError::BlockSize(_) | HeaderError::Version(_) => Error::new(ErrorKind::Unsupported, error.to_string()),
+        _ => Error::new(ErrorKind::Corrupt, format!("at {at:#x}: {error}")),
+    })
+}
+
+/// tapdisk's batmap, where tapdisk made the image: elsewhere the sector after the BAT may be the bitmap of a block, and
+/// what it holds is up to the guest.
+fn read_batmap(storage: &dyn Storage, footer: &Footer, header: &DynamicHeader, file_len: u64) -> Result<Option<Batmap>> {
+    let at = Batmap::header_offset(header.bat_offset(), header.max_table_entries());
+    if footer.creator().app != *b"tap\0" || at.saturating_add(SECTOR) > file_len {
+        return Ok(None);
+    }
+    let mut sector = [0; 512];
+    storage.read_at(&mut sector, at).map_err(|error| Error::io(error, format!("can't be read at {at:#x}")))?;
+    let batmap = Batmap::parse(&sector);
+    Ok(batmap.filter(|batmap| batmap.offset() >= at + SECTOR && batmap.offset() + batmap.len() <= file_len))
+}
+
+impl Sparse {
+    /// First byte after all metadata, locators with the space that they reserve among them: no new block begins
+    /// before it.
+    fn metadata_end(&self) -> u64 {
+        let bat = Batmap::header_offset(self.header.bat_offset(), self.header.max_table_entries());
+        let locators = self.header.locators().filter(super::super::format::LocatorEntry::is_used);
+        let locators = locators.map(|locator| locator.data_offset.saturating_add(locator.reserved_len()));
+        self.metadata.iter().map(|range| range.end).chain(locators).chain([bat]).max().unwrap_or(bat)
+    }
+}
+
+/// First sectors of all blocks, ascending. Refuses what must not be written to: blocks that overlap each other, the
+/// metadata or the footer, or lie outside the file.
+fn scan_blocks(storage: &dyn Storage, sparse: &Sparse, found: &Found) -> Result<Vec<u32>> {
+    let mut sectors = Vec::new();
+    sparse.bat.scan(storage, |_, sector| sectors.push(sector)).map_err(|error| Error::io(error, "BAT can't be read"))?;
+    sectors.sort_unstable();
+    let end = match found.authority {
+        Authority::Trailing => found.footers.trailing_at,
+        Authority::Copy => found.footers.file_len,
+    };
+    let advice = "so it is not opened for writing; `vhd check` says more";
+    for pair in sectors.windows(2) {
+        if sparse.layout.slot(pair[0]).end > sparse.layout.slot(pair[1]).start {
+            fail!(Corrupt, "blocks at sectors {:#x} and {:#x} overlap, {advice}", pair[0], pair[1]);
+        }
+    }
+    if let Some(&last) = sectors.last()
+        && sparse.layout.slot(last).end > end
+    {
+        fail!(
+            Corrupt,
+            "block at sector {last:#x} ends at {:#x}, beyond the end of the data at {end:#x}, {advice}",
+            sparse.layout.slot(last).end
+        );
+    }
+    for &sector in sectors.iter().take_while(|&&sector| u64::from(sector) * SECTOR < sparse.metadata_max) {
+        let slot = sparse.layout.slot(sector);
+        if sparse.metadata.iter().any(|part| slot.start < part.end && part.start < slot.end) {
+            fail!(Corrupt, "block at sector {sector:#x} overlaps the metadata, {advice}");
+        }
+    }
+    Ok(sectors)
+}
+
+/// What lies between the blocks, after all metadata and before the trailing footer, where it holds a block.
+fn free_ranges(sparse: &Sparse, blocks: &[u32], footer_at: u64) -> Vec<Range<u64>> {
+    let mut free = Vec::new();
+    let mut end = sparse.metadata_end();
+    for slot in blocks.iter().map(|&sector| sparse.layout.slot(sector)).chain([footer_at..footer_at]) {
+        if end + sparse.layout.slot_len() <= slot.start {
+            free.push(end..slot.start);
+        }
+        end = end.max(slot.end);
+    }
+    free
+}
+
+/// Writes what a writable image needs: both footers valid and equal, the batmap cleared. The footer that counts is
+/// never touched before the other one is durable. Returns the file's length.
+fn mend(storage: &dyn Storage, sparse: &Sparse, found: &Found, end: u64) -> Result<u64> {
+    let footers = &found.footers;
+    let bytes = found.footer.to_bytes();
+    let mut file_len = footers.file_len;
+    let mut changed = false;
+    let write = |bytes: &[u8], at: u64| {
+        storage.write_at(bytes, at).map_err(|error| Error::io(error, format!("can't be written at {at:#x}")))
+    };
+    if footers.trailing_is_short && found.authority == Authority::Trailing {
+        file_len = complete_short_footer(storage, footers)?;
+    } else if found.authority == Authority::Copy {
+        // The last sector, where no block lies there; else behind the last block.
+        let last = file_len - file_len % SECTOR;
+        file_len = if !storage.can_grow() || last >= end + SECTOR { last } else { file_len_for(end) };
+        write(&bytes, file_len - SECTOR)?;
+        if file_len < footers.file_len {
+            storage.set_len(file_len).map_err(|error| Error::io(error, "can't be shortened to whole sectors"))?;
+        }
+        changed = true;
+    }
+    if footers.copy.as_ref() != Ok(&found.footer) {
+        write(&bytes, 0)?;
+        changed = true;
+    }
+    if let Some(batmap) = &sparse.batmap {
+        changed |= clear_batmap(storage, sparse, batmap)?;
+    }
+    if changed {
+        storage.sync().map_err(|error| Error::io(error, "can't be synced"))?;
+    }
+    Ok(file_len)
+}
+
+/// Clears tapdisk's batmap: whatever we write, it must not believe that a sector bitmap need not be read.
+fn clear_batmap(storage: &dyn Storage, sparse: &Sparse, batmap: &Batmap) -> Result<bool> {
+    let failed = |error| Error::io(error, "tapdisk's batmap can't be cleared");
+    let mut offset = batmap.offset();
+    let end = offset + batmap.len();
+    let mut changed = false;
+    let mut bytes = vec![0; 64 << 10];
+    while offset < end {
+        let chunk = usize::try_from(end - offset).unwrap_or(usize::MAX).min(bytes.len());
+        storage.read_at(&mut bytes[..chunk], offset).map_err(failed)?;
+        if bytes[..chunk].iter().any(|&byte| byte != 0) {
+            storage.write_at(&vec![0; chunk], offset).map_err(failed)?;
+            changed = true;
+        }
+        offset += chunk as u64;
+    }
+    if changed {
+        let at = Batmap::header_offset(sparse.header.bat_offset(), sparse.header.max_table_entries());
+        storage.write_at(&batmap.cleared(), at).map_err(failed)?;
+    }
+    Ok(changed)
+}
+
+/// Makes a 511-byte footer one of 512: the byte that is missing is a reserved zero.
+fn complete_short_footer(storage: &dyn Storage, footers: &Footers) -> Result<u64> {
+    let len = footers.trailing_at + SECTOR;
+    storage.set_len(len).map_err(|error| Error::io(error, "can't grow by the footer's last byte"))?;
+    storage.sync().map_err(|error| Error::io(error, "can't be synced"))?;
+    Ok(len)
+}

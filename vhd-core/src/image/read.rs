@@ -1,0 +1,98 @@
+//! Reading: who holds each sector of a range, and where.
+
+use std::ops::Range;
+
+use super::{Image, Sparse};
+use crate::error::Result;
+use crate::format::SECTOR;
+use crate::layout::BlockPart;
+
+/// What an image says of a run of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunKind {
+    /// It holds them, from this file offset on.
+    Present(u64),
+    /// It says that they are zero, and no parent is asked.
+    Zero,
+    /// It says nothing: the parent's show through, or zeros where there is none.
+    Absent,
+}
+
+/// A run of bytes of the disk of one kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The bytes.
+    pub range: Range<u64>,
+    /// Who holds them.
+    pub kind: RunKind,
+}
+
+impl Image {
+    /// Calls `visit` with the runs of a range, ascending and without gaps.
+    ///
+    /// The file offsets hold until the guard of [`Image::hold`] is dropped, when others write meanwhile.
+    ///
+    /// # Errors
+    /// `OutOfRange`; `Corrupt` where the BAT lies; as the host fails to read metadata; as `visit` fails.
+    pub fn map(&self, range: Range<u64>, visit: &mut dyn FnMut(Run) -> Result<()>) -> Result<()> {
+        self.check_range(&range)?;
+        let Some(sparse) = &self.sparse else {
+            let start = range.start;
+            return if range.is_empty() { Ok(()) } else { visit(Run { range, kind: RunKind::Present(start) }) };
+        };
+        for part in sparse.layout.parts(range) {
+            sparse.map_part(self, part, visit)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the space of all blocks that are allocated now from being given to others.
+    #[must_use = "the guard is what keeps the space"]
+    pub fn hold(&self) -> impl Drop + '_ {
+        Hold(self.sparse.as_ref().filter(|_| !self.read_only).map(|sparse| sparse.grace.enter()))
+    }
+}
+
+/// A guard over the space of blocks; nothing for images that never free any.
+struct Hold<'a>(#[expect(dead_code, reason = "held for its drop")] Option<super::grace::Guard<'a>>);
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {}
+}
+
+impl Sparse {
+    fn map_part(&self, image: &Image, part: BlockPart, visit: &mut dyn FnMut(Run) -> Result<()>) -> Result<()> {
+        let start = self.layout.block_start(part.block) + part.within;
+        let whole = start..start + part.len;
+        let entry = self.entry(image, part.block)?;
+        let Some(sector) = entry.sector() else {
+            return visit(Run { range: whole, kind: RunKind::Absent });
+        };
+        let data = self.layout.data_offset(sector);
+        if entry.is_full() {
+            return visit(Run { range: whole, kind: RunKind::Present(data + part.within) });
+        }
+        let bitmap = self
+            .bitmaps
+            .get(&*image.storage, &self.layout, sector)
+            .map_err(|error| image.read_error(error, self.layout.slot(sector).start))?;
+        if bitmap.all_set(0..self.layout.block_len(part.block).div_ceil(SECTOR)) {
+            self.bat.note_full(&*image.storage, part.block, entry);
+            return visit(Run { range: whole, kind: RunKind::Present(data + part.within) });
+        }
+        let block_start = self.layout.block_start(part.block);
+        for (sectors, present) in bitmap.runs(part.sectors()) {
+            // Sectors at the edges may be touched in part only.
+            let from = (sectors.start * SECTOR).max(part.within);
+            let to = (sectors.end * SECTOR).min(part.within + part.len);
+            let kind = match (present, self.differencing) {
+                (true, _) => RunKind::Present(data + from),
+                (false, true) => RunKind::Absent,
+                // Other writers leave rubbish under clear bits; it was never written, so it is zero.
+                (false, false) => RunKind::Zero,
+            };
+            visit(Run { range: block_start + from..block_start + to, kind })?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,246 @@
+//! A regular file or block device of the host.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::ops::Range;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::uio::{preadv, pwritev};
+use nix::unistd::{Whence, lseek};
+
+use super::{LockMode, Storage, lock, write_zeros};
+use crate::error::{Error, ErrorKind, Result};
+
+/// `IOV_MAX` of Linux: more pieces in one call are refused.
+const MAX_PIECES: usize = 1024;
+
+/// A regular file or block device, opened once.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    path: PathBuf,
+    is_device: bool,
+}
+
+impl FileStorage {
+    /// Opens an existing regular file or block device.
+    ///
+    /// # Errors
+    /// When it can't be opened, or is a folder, pipe or character device.
+    pub fn open(path: &Path, writable: bool) -> Result<Self> {
+        let file =
+            OpenOptions::new().read(true).write(writable).open(path).map_err(|error| open_error(error, writable).at(path))?;
+        Self::from_file(file, path)
+    }
+
+    /// Takes a file that is open already. `path` is for messages and for finding parents.
+    ///
+    /// # Errors
+    /// When it is neither a regular file nor a block device.
+    pub fn from_file(file: File, path: &Path) -> Result<Self> {
+        let metadata = file.metadata().map_err(|error| Error::io(error, "can't be examined").at(path))?;
+        let kind = metadata.file_type();
+        if kind.is_dir() {
+            return Err(Error::new(ErrorKind::InvalidInput, "is a folder, expected a file").at(path));
+        }
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Error::new(ErrorKind::InvalidInput, "is neither a regular file nor a block device").at(path));
+        }
+        Ok(Self { file, path: path.to_owned(), is_device: kind.is_block_device() })
+    }
+
+    /// The path it was opened by.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Device and inode: the same for two paths that lead to one file.
+    ///
+    /// # Errors
+    /// When the file can't be examined.
+    pub fn identity(&self) -> Result<(u64, u64)> {
+        let metadata = self.file.metadata().map_err(|error| Error::io(error, "can't be examined").at(&self.path))?;
+        // Two nodes may name one device: the device number is what counts then.
+        Ok(if self.is_device { (0, metadata.rdev()) } else { (metadata.dev(), metadata.ino()) })
+    }
+
+    /// Locks the file against others, QEMU among them. The lock goes when the file is closed.
+    ///
+    /// # Errors
+    /// `Locked` when someone holds it in a way that does not go together with `mode`.
+    pub fn lock(&self, mode: LockMode) -> Result<()> {
+        lock::acquire(&self.file, mode).map_err(|error| error.at(&self.path))
+    }
+
+    fn fallocate(&self, flags: FallocateFlags, range: &Range<u64>) -> nix::Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let (offset, len) = (to_off(range.start)?, to_off(range.end - range.start)?);
+        retry(|| fallocate(&self.file, flags, offset, len))
+    }
+}
+
+fn open_error(error: io::Error, writable: bool) -> Error {
+    match error.raw_os_error() {
+        Some(libc_code) if libc_code == Errno::EISDIR as i32 => {
+            Error::new(ErrorKind::InvalidInput, "is a folder, expected a file")
+        }
+        Some(libc_code) if writable && (libc_code == Errno::EACCES as i32 || libc_code == Errno::EROFS as i32) => {
+            Error::io(error, "can't be opened for writing").with_kind(ErrorKind::ReadOnly)
+        }
+        _ => Error::io(error, "can't be opened"),
+    }
+}
+
+fn to_off(value: u64) -> nix::Result<i64> {
+    i64::try_from(value).map_err(|_| Errno::EFBIG)
+}
+
+/// Repeats a call that a signal interrupted.
+fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            result => return result,
+        }
+    }
+}
+
+impl Storage for FileStorage {
+    fn read_vectored_at(&self, mut bufs: &mut [IoSliceMut<'_>], mut offset: u64) -> io::Result<()> {
+        IoSliceMut::advance_slices(&mut bufs, 0);
+        while !bufs.is_empty() {
+            let pieces = bufs.len().min(MAX_PIECES);
+            let count = retry(|| Ok(preadv(&self.file, &mut bufs[..pieces], to_off(offset)?)?))?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            IoSliceMut::advance_slices(&mut bufs, count);
+            offset += count as u64;
+        }
+        Ok(())
+    }
+
+    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], mut offset: u64) -> io::Result<()> {
+        let mut copy: smallvec::SmallVec<[IoSlice<'_>; 8]> = bufs.iter().map(|buf| IoSlice::new(buf)).collect();
+        let mut bufs = &mut copy[..];
+        IoSlice::advance_slices(&mut bufs, 0);
+        while !bufs.is_empty() {
+            let pieces = bufs.len().min(MAX_PIECES);
+            let count = retry(|| Ok(pwritev(&self.file, &bufs[..pieces], to_off(offset)?)?))?;
+            if count == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            IoSlice::advance_slices(&mut bufs, count);
+            offset += count as u64;
+        }
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        if self.is_device {
+            return Ok(u64::try_from(retry(|| lseek(&self.file, 0, Whence::SeekEnd))?).unwrap_or(0));
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match self.fallocate(flags, &range) {
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => write_zeros(self, range),
+            result => Ok(result?),
+        }
+    }
+
+    fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
+        match self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE, &range) {
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => write_zeros(self, range),
+            result => Ok(result?),
+        }
+    }
+
+    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
+        if self.is_device {
+            return Ok(());
+        }
+        match self.fallocate(FallocateFlags::FALLOC_FL_KEEP_SIZE, &range) {
+            // A file system that can't reserve (tmpfs can) finds out when it is written.
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        let len = self.len()?;
+        if offset >= len {
+            return Ok(None);
+        }
+        if self.is_device {
+            return Ok(Some(offset..len));
+        }
+        let seek = |from: u64, whence| retry(|| lseek(&self.file, to_off(from)?, whence));
+        match seek(offset, Whence::SeekData) {
+            Err(Errno::ENXIO) => Ok(None),
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(Some(offset..len)),
+            Err(error) => Err(error.into()),
+            Ok(start) => {
+                let start = u64::try_from(start).unwrap_or(offset);
+                let end = u64::try_from(seek(start, Whence::SeekHole)?).unwrap_or(len);
+                Ok(Some(start..end))
+            }
+        }
+    }
+
+    fn can_grow(&self) -> bool {
+        !self.is_device
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        if self.is_device { self.len() } else { Ok(self.file.metadata()?.blocks() * 512) }
+    }
+}
+
+/// Makes a file at `path` out of what `fill` writes: under a passing name in the same folder, renamed when it is
+/// complete and durable. On a failure nothing is left, and what was at `path` is as it was. A device is written in
+/// place.
+///
+/// # Errors
+/// `Exists` when something is at `path` and `overwrite` is not set; as `fill` or the host fails.
+pub fn replace_file(path: &Path, overwrite: bool, fill: impl FnOnce(&FileStorage) -> Result<()>) -> Result<()> {
+    let metadata = std::fs::metadata(path);
+    let exists = || Error::new(ErrorKind::Exists, "exists already; --overwrite replaces it").at(path);
+    match &metadata {
+        Ok(_) if !overwrite => return Err(exists()),
+        Ok(found) if found.file_type().is_block_device() => {
+            let storage = FileStorage::open(path, true)?;
+            storage.lock(LockMode::Write)?;
+            return fill(&storage).map_err(|error| error.at(path));
+        }
+        // Opening it finds folders, and images that are in use.
+        Ok(_) => FileStorage::open(path, true)?.lock(LockMode::Write)?,
+        Err(_) => {}
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let failed = |error: io::Error| Error::io(error, "can't be created").at(path);
+    let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+    let file = tempfile::Builder::new().prefix(".vhd-").permissions(permissions).tempfile_in(folder).map_err(failed)?;
+    let storage = FileStorage::from_file(file.as_file().try_clone().map_err(failed)?, path)?;
+    fill(&storage).map_err(|error| error.at(path))?;
+    storage.sync().map_err(failed)?;
+    let renamed = if overwrite { file.persist(path) } else { file.persist_noclobber(path) };
+    renamed.map_err(|error| if error.error.kind() == io::ErrorKind::AlreadyExists { exists() } else { failed(error.error) })?;
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)
+}

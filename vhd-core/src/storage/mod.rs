@@ -1,0 +1,115 @@
+//! Bytes of one host file.
+
+mod buffers;
+mod file;
+mod lock;
+mod memory;
+
+use std::fmt::Debug;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::ops::Range;
+
+pub use buffers::{ReadBuffers, WriteBuffers};
+pub use file::{FileStorage, replace_file};
+pub use lock::LockMode;
+pub use memory::MemoryStorage;
+
+/// Zeros for those who must write some.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Bytes of one host file or device, positional and shared.
+///
+/// Contract: no call is ever short; a read past the end is `UnexpectedEof`; a write past the end grows a regular file
+/// and fails on a device. Nothing survives a power cut before [`Storage::sync`] returned, and what was not synced may
+/// reach the medium in any order or not at all. Implementations retry `EINTR` and never panic.
+pub trait Storage: Send + Sync + Debug {
+    /// Fills all of `bufs` from `offset` on.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` past the end; whatever the host says.
+    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<()>;
+
+    /// Writes all of `bufs` from `offset` on.
+    ///
+    /// # Errors
+    /// Whatever the host says; a part may have been written.
+    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> io::Result<()>;
+
+    /// Fills `buf`; see [`Storage::read_vectored_at`].
+    ///
+    /// # Errors
+    /// As there.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read_vectored_at(&mut [IoSliceMut::new(buf)], offset)
+    }
+
+    /// Writes `buf`; see [`Storage::write_vectored_at`].
+    ///
+    /// # Errors
+    /// As there.
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.write_vectored_at(&[IoSlice::new(buf)], offset)
+    }
+
+    /// Bytes of the file.
+    ///
+    /// # Errors
+    /// Whatever the host says.
+    fn len(&self) -> io::Result<u64>;
+
+    /// Makes the file `len` bytes long; new bytes read as zeros.
+    ///
+    /// # Errors
+    /// Whatever the host says; a device can't change.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+
+    /// A barrier: returns when all bytes written before, and the file's length, are durable.
+    ///
+    /// # Errors
+    /// Whatever the host says. After a failure nothing is known about what was written since the last success.
+    fn sync(&self) -> io::Result<()>;
+
+    /// Makes a range inside the file read as zeros and gives its space back where the host can.
+    ///
+    /// # Errors
+    /// Whatever the host says.
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<()>;
+
+    /// Makes a range inside the file read as zeros and keeps or reserves its space.
+    ///
+    /// # Errors
+    /// Whatever the host says.
+    fn zero_range(&self, range: Range<u64>) -> io::Result<()>;
+
+    /// Reserves space for a range, so that writing it can't run out of space. Content stays.
+    ///
+    /// # Errors
+    /// `StorageFull`, or whatever the host says.
+    fn allocate(&self, range: Range<u64>) -> io::Result<()>;
+
+    /// The first range at or after `offset` that may hold anything but zeros; `None` when only zeros follow.
+    ///
+    /// # Errors
+    /// Whatever the host says.
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
+
+    /// False for a device: its length is fixed and no byte of it is known to be zero.
+    fn can_grow(&self) -> bool;
+
+    /// Bytes that the host has given to the file, holes left out.
+    ///
+    /// # Errors
+    /// Whatever the host says.
+    fn allocated(&self) -> io::Result<u64>;
+}
+
+/// Writes zeros over a range, for hosts without a better way.
+fn write_zeros(storage: &(impl Storage + ?Sized), range: Range<u64>) -> io::Result<()> {
+    let mut offset = range.start;
+    while offset < range.end {
+        let len = usize::try_from(range.end - offset).unwrap_or(usize::MAX).min(ZEROS.len());
+        storage.write_at(&ZEROS[..len], offset)?;
+        offset += len as u64;
+    }
+    Ok(())
+}
