@@ -1,0 +1,18 @@
+//! Oracles, fixtures and outside tools that judge `vhd`.
+//!
+//! Nothing in these modules shares code with `vhd-core`: a mistake made in one
+//! of them cannot hide the same mistake in the other.
+//!
+//! - [`fixture`] writes VHD files of every layout, byte by byte.
+//! - [`reference`](mod@reference) reads a chain the slow and obvious way.
+//! - [`tagged`] makes sectors that say who wrote them, where and when.
+//! - [`model`] is what a chain of disks should hold, in memory.
+//! - [`tools`] runs qemu-img, qemu-io and vhdimount.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot make its own input has nothing better to do than panic")]
+
+pub mod fixture;
+pub mod model;
+pub mod reference;
+pub mod tagged;
+pub mod tools;
