@@ -39,6 +39,8 @@ pub enum ErrorKind {
     Exists,
     /// What was asked for makes no sense.
     InvalidInput,
+    /// The user stopped it.
+    Cancelled,
 }
 
 impl ErrorKind {
@@ -60,6 +62,7 @@ impl ErrorKind {
             Self::NotFound => "not-found",
             Self::Exists => "exists",
             Self::InvalidInput => "invalid-input",
+            Self::Cancelled => "cancelled",
         }
     }
 }

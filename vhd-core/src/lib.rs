@@ -13,7 +13,10 @@ pub mod error;
 pub mod format;
 pub mod image;
 pub mod layout;
+pub mod ops;
+pub mod progress;
 pub mod storage;
 
 pub use block::Disk;
 pub use error::{Error, ErrorKind, Result};
+pub use progress::Progress;

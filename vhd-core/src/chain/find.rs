@@ -72,13 +72,7 @@ fn candidates(locators: &[Locator], header: &DynamicHeader) -> Vec<PathBuf> {
     let order = [PlatformCode::W2ru, PlatformCode::W2ku, PlatformCode::MacX, PlatformCode::Wi2r, PlatformCode::Wi2k];
     let mut paths = Vec::new();
     for code in order {
-        for locator in locators.iter().filter(|locator| locator.entry.code == code) {
-            let Some(text) = &locator.path else { continue };
-            match code {
-                PlatformCode::MacX => paths.extend(url_paths(text)),
-                _ => paths.extend(windows_paths(text)),
-            }
-        }
+        paths.extend(locators.iter().filter(|locator| locator.entry.code == code).flat_map(locator_paths));
     }
     // The header's name counts as a file name only, whatever path it has.
     paths.extend(windows_paths(&header.parent_name()).iter().filter_map(|path| path.file_name()).map(PathBuf::from));
@@ -88,8 +82,17 @@ fn candidates(locators: &[Locator], header: &DynamicHeader) -> Vec<PathBuf> {
     paths
 }
 
+/// The paths that one locator may mean.
+pub(crate) fn locator_paths(locator: &Locator) -> Vec<PathBuf> {
+    let Some(text) = &locator.path else { return Vec::new() };
+    match locator.entry.code {
+        PlatformCode::MacX => url_paths(text),
+        _ => windows_paths(text),
+    }
+}
+
 /// A Windows path as a path of this host: `\` is `/`, a drive letter is left out. As written, too: a name may hold `\`.
-fn windows_paths(text: &str) -> Vec<PathBuf> {
+pub(crate) fn windows_paths(text: &str) -> Vec<PathBuf> {
     let without_drive = match text.as_bytes() {
         [letter, b':', ..] if letter.is_ascii_alphabetic() => &text[2..],
         _ => text,
@@ -134,9 +137,19 @@ struct Tried {
 
 /// Opens the parent of `image`, which is a differencing one with a parent that is a VHD.
 pub(super) fn find_parent(image: &Image, header: &DynamicHeader, policy: &ParentPolicy) -> Result<FileStorage> {
+    find_parent_of(&**image.storage(), image.path(), header, policy)
+}
+
+/// As [`find_parent`], of an image at `path` that is not open.
+pub(crate) fn find_parent_of(
+    storage: &dyn Storage,
+    path: &Path,
+    header: &DynamicHeader,
+    policy: &ParentPolicy,
+) -> Result<FileStorage> {
     let expected = header.parent_uuid();
-    let locators = read_locators(&**image.storage(), header)?;
-    let folder = folder_of(image.path());
+    let locators = read_locators(storage, header)?;
+    let folder = folder_of(path);
     let mut tried = Tried::default();
     for candidate in candidates(&locators, header) {
         let Some(storage) = open_candidate(folder, &candidate, policy, &mut tried) else { continue };
@@ -154,6 +167,30 @@ pub(super) fn find_parent(image: &Image, header: &DynamicHeader, policy: &Parent
         }
     }
     Err(not_found(header, folder, tried, expected))
+}
+
+/// Where one locator leads.
+pub(crate) enum Lead {
+    /// To a VHD with this identifier.
+    Vhd(PathBuf, [u8; 16]),
+    /// To a file where none may be opened.
+    Outside(PathBuf),
+    /// To nothing that is a VHD.
+    Nowhere,
+}
+
+/// Follows one locator of the image at `path`.
+pub(crate) fn follow_locator(path: &Path, locator: &Locator, policy: &ParentPolicy) -> Lead {
+    let folder = folder_of(path);
+    let mut tried = Tried::default();
+    for candidate in locator_paths(locator) {
+        if let Some(storage) = open_candidate(folder, &candidate, policy, &mut tried)
+            && let Some(uuid) = uuid_of(&storage)
+        {
+            return Lead::Vhd(storage.path().to_owned(), uuid);
+        }
+    }
+    tried.outside.map_or(Lead::Nowhere, Lead::Outside)
 }
 
 fn not_found(header: &DynamicHeader, folder: &Path, tried: Tried, expected: [u8; 16]) -> Error {

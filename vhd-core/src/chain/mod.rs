@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 pub use child::link_to;
 pub use child::{ChildOptions, create_child};
+pub(crate) use find::{Lead, find_parent_of, follow_locator, locator_paths, windows_paths};
 pub use find::{Locator, ParentPolicy, is_vhd_name, read_locators};
 pub use open::{ChainOptions, MAX_DEPTH};
 pub use raw::RawFile;
@@ -68,10 +69,12 @@ impl Layer {
     fn map(&self, range: Range<u64>, visit: &mut dyn FnMut(Run) -> Result<()>) -> Result<()> {
         match self {
             Self::Image(image) => image.map(range, visit),
-            Self::Raw(_) if range.is_empty() => Ok(()),
-            Self::Raw(_) => {
-                let kind = RunKind::Present(range.start);
-                visit(Run { range, kind })
+            Self::Raw(raw) => {
+                let end = raw.len().clamp(range.start, range.end);
+                let present = Run { range: range.start..end, kind: RunKind::Present(range.start) };
+                // What a file lacks of its last sector is zero.
+                let rest = Run { range: end..range.end, kind: RunKind::Zero };
+                [present, rest].into_iter().filter(|run| !run.range.is_empty()).try_for_each(visit)
             }
         }
     }
@@ -91,6 +94,12 @@ pub struct Chain {
 }
 
 impl Chain {
+    /// A chain of one file.
+    #[must_use]
+    pub fn of(layer: Layer) -> Self {
+        Self { layers: vec![layer] }
+    }
+
     /// The files, leaf first.
     #[must_use]
     pub fn layers(&self) -> &[Layer] {

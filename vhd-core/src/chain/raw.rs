@@ -11,13 +11,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::SECTOR;
 use crate::storage::Storage;
 
-/// A raw file or device. A size that is no whole number of sectors is rounded down: nothing could be written there
-/// from a guest.
+/// A raw file or device. A size that is no whole number of sectors is rounded up; what the file lacks reads as zeros.
 #[derive(Debug)]
 pub struct RawFile {
     storage: Arc<dyn Storage>,
     path: PathBuf,
-    size: u64,
+    /// Bytes of the file when it was opened.
+    len: u64,
     read_only: bool,
     dirty: AtomicBool,
 }
@@ -29,11 +29,15 @@ impl RawFile {
     /// As the host fails.
     pub fn new(storage: Arc<dyn Storage>, path: &Path, read_only: bool) -> Result<Self> {
         let len = storage.len().map_err(|error| Error::io(error, "can't be examined").at(path))?;
-        Ok(Self { storage, path: path.to_owned(), size: len - len % SECTOR, read_only, dirty: AtomicBool::new(false) })
+        Ok(Self { storage, path: path.to_owned(), len, read_only, dirty: AtomicBool::new(false) })
     }
 
     pub(super) fn size(&self) -> u64 {
-        self.size
+        self.len.next_multiple_of(SECTOR)
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.len
     }
 
     pub(super) fn path(&self) -> &Path {

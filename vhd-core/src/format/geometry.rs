@@ -21,7 +21,6 @@ impl Geometry {
     /// The geometry that the specification's appendix computes for a disk of `sectors` sectors. It rounds
     /// down, so [`Self::size`] is often a little less than the disk.
     #[must_use]
-    #[expect(clippy::cast_possible_truncation, reason = "every branch bounds its result by the field's width")]
     pub fn for_sectors(sectors: u64) -> Self {
         let total = sectors.min(65535 * 16 * 255);
         let (per_track, heads, cylinder_heads);

@@ -28,7 +28,6 @@ impl Entry {
 
     /// First sector of the block's slot; `None` when no block is allocated.
     pub(super) fn sector(self) -> Option<u32> {
-        #[expect(clippy::cast_possible_truncation, reason = "the lower half is the entry")]
         let sector = self.0 as u32;
         (sector != BAT_UNUSED).then_some(sector)
     }

@@ -74,7 +74,7 @@ pub struct Created {
 pub fn create_file(path: &Path, options: &CreateOptions, overwrite: bool) -> Result<Created> {
     let mut created = Created::default();
     crate::storage::replace_file(path, overwrite, |storage| {
-        created = create(storage, options)?;
+        created = create(&**storage, options)?;
         Ok(())
     })?;
     Ok(created)

@@ -14,7 +14,7 @@ use super::footers::{Authority, Footers};
 use super::{Image, Sparse, kind_name};
 use crate::error::{Error, ErrorKind, Result, fail};
 use crate::format::{
-    BAT_ENTRY_LEN, Batmap, DiskType, DynamicHeader, FOOTER_LEN, Footer, FooterError, HEADER_LEN, HeaderError, MAX_DISK_SIZE,
+    BAT_ENTRY_LEN, Batmap, DiskType, DynamicHeader, FOOTER_LEN, Footer, FooterError, Geometry, HEADER_LEN, HeaderError, MAX_DISK_SIZE,
     SECTOR,
 };
 use crate::layout::{Layout, file_len_for};
@@ -191,8 +191,13 @@ fn footer_error(footers: &Footers, error: &FooterError) -> Error {
 
 fn disk_size(footer: &Footer, policy: SizePolicy, warnings: &mut Vec<String>) -> Result<u64> {
     let (current, geometry) = (footer.current_size(), footer.geometry().size());
-    if current != geometry && footer.geometry() != crate::format::Geometry::for_sectors(current / SECTOR) {
-        warnings.push(format!("current size is {current}, the geometry addresses {geometry} bytes; --force-size chooses"));
+    // Geometry rounds down, so it is nearly always a little less: worth a word where someone goes by it.
+    let goes_by_geometry = matches!(&footer.creator().app, b"vpc " | b"qemu");
+    let is_usual = footer.geometry() == Geometry::for_sectors(current / SECTOR);
+    if current != geometry && (goes_by_geometry || !is_usual) {
+        warnings.push(format!(
+            "current size is {current}, the geometry addresses {geometry} bytes, which is what Virtual PC and old QEMU show; --force-size chooses"
+        ));
     }
     let size = match policy {
         SizePolicy::Current => current,

@@ -5,6 +5,8 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -23,6 +25,7 @@ pub struct FileStorage {
     file: File,
     path: PathBuf,
     is_device: bool,
+    locked: AtomicBool,
 }
 
 impl FileStorage {
@@ -49,7 +52,7 @@ impl FileStorage {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(Error::new(ErrorKind::InvalidInput, "is neither a regular file nor a block device").at(path));
         }
-        Ok(Self { file, path: path.to_owned(), is_device: kind.is_block_device() })
+        Ok(Self { file, path: path.to_owned(), is_device: kind.is_block_device(), locked: AtomicBool::new(false) })
     }
 
     /// The path it was opened by.
@@ -73,7 +76,9 @@ impl FileStorage {
     /// # Errors
     /// `Locked` when someone holds it in a way that does not go together with `mode`.
     pub fn lock(&self, mode: LockMode) -> Result<()> {
-        lock::acquire(&self.file, mode).map_err(|error| error.at(&self.path))
+        lock::acquire(&self.file, mode).map_err(|error| error.at(&self.path))?;
+        self.locked.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     fn fallocate(&self, flags: FallocateFlags, range: &Range<u64>) -> nix::Result<()> {
@@ -82,6 +87,16 @@ impl FileStorage {
         }
         let (offset, len) = (to_off(range.start)?, to_off(range.end - range.start)?);
         retry(|| fallocate(&self.file, flags, offset, len))
+    }
+}
+
+/// A lock belongs to the open file, which a process that was just forked shares until it starts its program: closing
+/// our side alone would leave it for that moment.
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        if self.locked.load(Ordering::Relaxed) {
+            lock::release(&self.file);
+        }
     }
 }
 
@@ -219,13 +234,13 @@ impl Storage for FileStorage {
 ///
 /// # Errors
 /// `Exists` when something is at `path` and `overwrite` is not set; as `fill` or the host fails.
-pub fn replace_file(path: &Path, overwrite: bool, fill: impl FnOnce(&FileStorage) -> Result<()>) -> Result<()> {
+pub fn replace_file(path: &Path, overwrite: bool, fill: impl FnOnce(&Arc<FileStorage>) -> Result<()>) -> Result<()> {
     let metadata = std::fs::metadata(path);
     let exists = || Error::new(ErrorKind::Exists, "exists already; --overwrite replaces it").at(path);
     match &metadata {
         Ok(_) if !overwrite => return Err(exists()),
         Ok(found) if found.file_type().is_block_device() => {
-            let storage = FileStorage::open(path, true)?;
+            let storage = Arc::new(FileStorage::open(path, true)?);
             storage.lock(LockMode::Write)?;
             return fill(&storage).map_err(|error| error.at(path));
         }
@@ -237,7 +252,7 @@ pub fn replace_file(path: &Path, overwrite: bool, fill: impl FnOnce(&FileStorage
     let failed = |error: io::Error| Error::io(error, "can't be created").at(path);
     let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
     let file = tempfile::Builder::new().prefix(".vhd-").permissions(permissions).tempfile_in(folder).map_err(failed)?;
-    let storage = FileStorage::from_file(file.as_file().try_clone().map_err(failed)?, path)?;
+    let storage = Arc::new(FileStorage::from_file(file.as_file().try_clone().map_err(failed)?, path)?);
     fill(&storage).map_err(|error| error.at(path))?;
     storage.sync().map_err(failed)?;
     let renamed = if overwrite { file.persist(path) } else { file.persist_noclobber(path) };

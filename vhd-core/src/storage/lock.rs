@@ -72,13 +72,12 @@ pub(super) fn acquire(file: &File, mode: LockMode) -> Result<()> {
 }
 
 /// Takes all our locks off, as a failed attempt must not stand in the way of others.
-fn release(file: &File) {
+pub(super) fn release(file: &File) {
     let all = libc::flock { l_type: libc::F_UNLCK as libc::c_short, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
     let _ = fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&all));
 }
 
 fn one_byte(kind: libc::c_int, byte: i64) -> libc::flock {
-    #[expect(clippy::cast_possible_truncation, reason = "lock types are 0, 1 and 2")]
     let l_type = kind as libc::c_short;
     libc::flock { l_type, l_whence: 0, l_start: byte, l_len: 1, l_pid: 0 }
 }

@@ -1,5 +1,6 @@
 //! Bytes of one host file.
 
+mod aligned;
 mod buffers;
 mod file;
 mod lock;
@@ -9,6 +10,7 @@ use std::fmt::Debug;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
 
+pub use aligned::AlignedBuffer;
 pub use buffers::{ReadBuffers, WriteBuffers};
 pub use file::{FileStorage, replace_file};
 pub use lock::LockMode;

@@ -1,0 +1,198 @@
+//! `vhd convert`
+
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::{Args, ValueEnum};
+use uuid::Uuid;
+use vhd_core::chain::{Chain, Layer, RawFile, is_vhd_name};
+use vhd_core::format::{Creator, DEFAULT_BLOCK_SIZE, Timestamp};
+use vhd_core::image::{CreateOptions, Image, NewKind, OpenOptions, create};
+use vhd_core::ops::copy::{copy, read_from, read_to_file, write_to};
+use vhd_core::storage::{FileStorage, LockMode, Storage, replace_file};
+use vhd_core::block::ZeroMode;
+use vhd_core::{Disk, Error, ErrorKind, Progress};
+
+use super::ChainArgs;
+use super::compare::{SourceFormat, open_source};
+use super::create::parse_block_size;
+use crate::output::{Answer, Context};
+use crate::sizes;
+
+/// Arguments of `vhd convert`.
+#[derive(Debug, Args)]
+pub struct ConvertArgs {
+    /// A VHD (with its chain), raw file or device; - for raw bytes on stdin
+    source: PathBuf,
+    /// The file or device to write; - for raw bytes on stdout
+    target: PathBuf,
+    /// What the source is, where its name does not say
+    #[arg(long, value_name = "FORMAT")]
+    from: Option<SourceFormat>,
+    /// What to make: dynamic for .vhd by default, raw for everything else
+    #[arg(long, value_name = "FORMAT")]
+    to: Option<TargetFormat>,
+    /// Bytes of the new disk, the source's size or more; needed for a VHD from stdin
+    #[arg(long, value_parser = sizes::parse)]
+    size: Option<u64>,
+    /// Round the size up to a multiple of this; 1M is what Azure wants
+    #[arg(long, value_name = "SIZE", value_parser = sizes::parse)]
+    align: Option<u64>,
+    /// Bytes of a block: 2M or 512K
+    #[arg(long, value_name = "SIZE", value_parser = parse_block_size)]
+    block_size: Option<u32>,
+    /// Replace an existing file; a raw file or device is written in place
+    #[arg(long)]
+    overwrite: bool,
+    #[command(flatten)]
+    open: ChainArgs,
+}
+
+/// What is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum TargetFormat {
+    Dynamic,
+    Fixed,
+    Raw,
+}
+
+impl ConvertArgs {
+    pub fn run(&self, context: &Context) -> Result<Answer, Error> {
+        if self.source == self.target && !is_stream(&self.source) {
+            return Err(Error::new(ErrorKind::InvalidInput, "is source and target at once").at(&self.source));
+        }
+        let format = self.to.unwrap_or(if is_vhd_name(&self.target) { TargetFormat::Dynamic } else { TargetFormat::Raw });
+        if is_stream(&self.target) && format != TargetFormat::Raw {
+            return Err(Error::new(ErrorKind::InvalidInput, "only raw bytes can be written to stdout: leave --to out"));
+        }
+        let source = if is_stream(&self.source) { None } else { Some(open_source(&self.source, self.from, &self.open)?) };
+        context.with_progress("convert", |progress| match format {
+            TargetFormat::Raw => self.to_raw(context, source.as_ref(), progress),
+            TargetFormat::Dynamic => self.to_vhd(context, source.as_ref(), NewKind::Dynamic, progress),
+            TargetFormat::Fixed => self.to_vhd(context, source.as_ref(), NewKind::Fixed { preallocate: false }, progress),
+        })?;
+        Ok(Answer::Yes)
+    }
+
+    /// Bytes of the new disk.
+    fn size(&self, source: Option<&Disk>) -> Result<Option<u64>, Error> {
+        let Some(size) = self.size.or(source.map(Disk::size)) else { return Ok(None) };
+        if let Some(source) = source.filter(|source| source.size() > size) {
+            let message = format!("has {} bytes, more than --size {size}", source.size());
+            return Err(Error::new(ErrorKind::InvalidInput, message).at(&self.source));
+        }
+        match self.align {
+            Some(align) if align == 0 || align % 512 != 0 => {
+                Err(Error::new(ErrorKind::InvalidInput, format!("--align {align} is not a multiple of 512")))
+            }
+            Some(align) => Ok(Some(size.next_multiple_of(align))),
+            None => Ok(Some(size)),
+        }
+    }
+
+    fn to_vhd(&self, context: &Context, source: Option<&Disk>, kind: NewKind, progress: &Progress) -> Result<(), Error> {
+        let Some(size) = self.size(source)? else {
+            return Err(Error::new(ErrorKind::InvalidInput, "a VHD from stdin needs --size"));
+        };
+        let options = CreateOptions {
+            kind,
+            size,
+            block_size: self.block_size.unwrap_or(DEFAULT_BLOCK_SIZE),
+            uuid: Uuid::new_v4().into_bytes(),
+            creator: Creator::WINDOWS_10,
+            timestamp: Timestamp::now(),
+        };
+        replace_file(&self.target, self.overwrite, |storage| {
+            let is_new = storage.can_grow();
+            for note in create(&**storage, &options)?.notes {
+                context.note(&format!("{}: {note}", self.target.display()));
+            }
+            let open = OpenOptions { writable: true, background_flush: None, ..OpenOptions::default() };
+            let image = Image::open(Arc::clone(storage) as _, &self.target, &open)?;
+            let fixed = image.layout().is_none();
+            let target = Disk::new(Chain::of(Layer::Image(image)));
+            // A dynamic disk is new wherever it lies; a fixed one on a device shows what was there.
+            self.fill(source, &target, target.size(), is_new || !fixed, progress)?;
+            target.close()
+        })
+    }
+
+    /// Fills the first `size` bytes of the target.
+    fn fill(&self, source: Option<&Disk>, target: &Disk, size: u64, target_is_zero: bool, progress: &Progress) -> Result<(), Error> {
+        let filled = match source {
+            Some(source) => {
+                copy(source, target, target_is_zero, progress)?;
+                source.size()
+            }
+            None => read_from(&mut io::stdin().lock(), target, 0, target_is_zero, progress)?,
+        };
+        if !target_is_zero && filled < size {
+            target.zero(filled..size, ZeroMode::Free)?;
+        }
+        Ok(())
+    }
+
+    fn to_raw(&self, context: &Context, source: Option<&Disk>, progress: &Progress) -> Result<(), Error> {
+        let size = self.size(source)?;
+        if is_stream(&self.target) {
+            return match source {
+                Some(source) => write_to(source, 0..source.size(), &mut io::stdout().lock(), progress),
+                None => Err(Error::new(ErrorKind::InvalidInput, "stdin to stdout: nothing to convert")),
+            };
+        }
+        if self.overwrite && self.target.exists() {
+            return self.over_raw(source, size, progress);
+        }
+        replace_file(&self.target, false, |storage| {
+            let Some(size) = size else {
+                let came = read_to_file(&mut io::stdin().lock(), &**storage, progress)?;
+                if came % 512 != 0 {
+                    context.note(&format!("{}: {came} bytes are no whole number of sectors", self.target.display()));
+                }
+                return Ok(());
+            };
+            storage.set_len(size).map_err(|error| Error::io(error, format!("can't grow to {size} bytes")))?;
+            let target = raw_disk(storage, &self.target)?;
+            self.fill(source, &target, size, true, progress)?;
+            target.close()
+        })
+    }
+
+    /// Writes over an existing raw file or device: its inode stays, and who has it open sees the new content.
+    fn over_raw(&self, source: Option<&Disk>, size: Option<u64>, progress: &Progress) -> Result<(), Error> {
+        let storage = Arc::new(FileStorage::open(&self.target, true)?);
+        storage.lock(LockMode::Write)?;
+        let is_device = std::fs::metadata(&self.target).is_ok_and(|metadata| metadata.file_type().is_block_device());
+        match size {
+            Some(size) if !is_device => {
+                storage.set_len(size).map_err(|error| Error::io(error, format!("can't become {size} bytes long")).at(&self.target))?;
+            }
+            None if !is_device => {
+                storage.set_len(0).map_err(|error| Error::io(error, "can't be emptied").at(&self.target))?;
+                read_to_file(&mut io::stdin().lock(), &*storage, progress)?;
+                return storage.sync().map_err(|error| Error::io(error, "can't be synced").at(&self.target));
+            }
+            _ => {}
+        }
+        let target = raw_disk(&storage, &self.target)?;
+        match (source, size) {
+            (Some(source), Some(size)) if target.size() < size => {
+                let message = format!("has room for {} bytes, {} bytes are needed", target.size(), source.size());
+                return Err(Error::new(ErrorKind::NoSpace, message).at(&self.target));
+            }
+            // Of a device, only as much is written as the disk has.
+            _ => self.fill(source, &target, size.unwrap_or(target.size()), false, progress)?,
+        }
+        target.close()
+    }
+}
+
+fn is_stream(path: &Path) -> bool {
+    path == Path::new("-")
+}
+
+fn raw_disk(storage: &Arc<FileStorage>, path: &Path) -> Result<Disk, Error> {
+    Ok(Disk::new(Chain::of(Layer::Raw(Arc::new(RawFile::new(Arc::clone(storage) as _, path, false)?)))))
+}

@@ -1,0 +1,120 @@
+//! The commands, one file each: its arguments, what it does, its text and its JSON.
+
+mod check;
+mod compare;
+mod completions;
+mod convert;
+mod create;
+mod info;
+mod map;
+mod mount;
+mod read;
+mod unmount;
+mod write;
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+use vhd_core::Error;
+use vhd_core::chain::{ChainOptions, ParentPolicy};
+use vhd_core::image::{OpenOptions, SizePolicy};
+
+use crate::output::{Answer, Context};
+
+/// What is done.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a fixed, dynamic or differencing disk
+    Create(create::CreateArgs),
+    /// Say what an image is, and what is odd about it
+    Info(info::InfoArgs),
+    /// Say who holds each range of the disk
+    Map(map::MapArgs),
+    /// Look for damage; never writes
+    Check(check::CheckArgs),
+    /// Copy a disk into another format
+    Convert(convert::ConvertArgs),
+    /// Say whether a guest would see the same in two disks
+    Compare(compare::CompareArgs),
+    /// Write a range of the disk to stdout
+    Read(read::ReadArgs),
+    /// Write stdin to the disk; durable when it returns
+    Write(write::WriteArgs),
+    /// Show the disk as a file, for loop devices and any tool
+    Mount(mount::MountArgs),
+    /// End a mount; returns when the image is closed
+    Unmount(unmount::UnmountArgs),
+    /// Print completions for a shell
+    Completions(completions::CompletionsArgs),
+}
+
+impl Command {
+    /// Does it.
+    pub fn run(&self, context: &Context) -> Result<Answer, Error> {
+        match self {
+            Self::Create(args) => args.run(context),
+            Self::Info(args) => args.run(context),
+            Self::Map(args) => args.run(context),
+            Self::Check(args) => args.run(context),
+            Self::Convert(args) => args.run(context),
+            Self::Compare(args) => args.run(context),
+            Self::Read(args) => args.run(),
+            Self::Write(args) => args.run(context),
+            Self::Mount(args) => args.run(context),
+            Self::Unmount(args) => args.run(context),
+            Self::Completions(args) => args.run(),
+        }
+    }
+}
+
+/// Options of every command that opens a chain.
+#[derive(Clone, Debug, Default, Args)]
+pub struct ChainArgs {
+    /// Look for parents in this folder too, by UUID; may be given more than once
+    #[arg(long, value_name = "DIR")]
+    pub parent_dir: Vec<PathBuf>,
+    /// Open parents anywhere the image says, not only in its folder or below
+    #[arg(long)]
+    pub any_parent: bool,
+    /// The raw file or device at the end of the chain
+    #[arg(long, value_name = "PATH")]
+    pub raw_parent: Option<PathBuf>,
+    /// Which size in the footer counts
+    #[arg(long, value_name = "WHICH")]
+    pub force_size: Option<ForceSize>,
+    /// Wrong checksums are warnings; read-only
+    #[arg(long)]
+    pub tolerant: bool,
+}
+
+/// The sizes that a footer has.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum ForceSize {
+    /// What the geometry addresses, as Virtual PC and old QEMU do
+    Chs,
+    /// The current size, as everyone else does
+    Current,
+}
+
+impl ChainArgs {
+    /// How to open an image.
+    pub fn options(&self, writable: bool, force: bool) -> ChainOptions {
+        ChainOptions {
+            image: OpenOptions {
+                writable,
+                force,
+                tolerant: self.tolerant,
+                size: match self.force_size {
+                    Some(ForceSize::Chs) => SizePolicy::Geometry,
+                    Some(ForceSize::Current) | None => SizePolicy::Current,
+                },
+                ..OpenOptions::default()
+            },
+            parents: ParentPolicy {
+                any_parent: self.any_parent,
+                parent_dirs: self.parent_dir.clone(),
+                raw_parent: self.raw_parent.clone(),
+            },
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! What a run prints: text or JSON on stdout, progress, notes and errors on stderr; and how it ends.
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use vhd_core::{Error, ErrorKind, Progress};
+
+/// Options of every command.
+#[derive(Debug, Args)]
+pub struct GlobalArgs {
+    /// Print one JSON document on stdout and nothing else
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Print less: no notes, no progress
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Print more; twice for everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, conflicts_with = "quiet")]
+    pub verbose: u8,
+    /// Print progress as lines even when stderr is not a terminal
+    #[arg(long, global = true)]
+    pub progress: bool,
+}
+
+/// How a command ended, when it could be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Done; yes; clean.
+    Yes,
+    /// The answer is no.
+    No,
+}
+
+impl From<Answer> for ExitCode {
+    fn from(answer: Answer) -> Self {
+        match answer {
+            Answer::Yes => Self::SUCCESS,
+            Answer::No => Self::from(1),
+        }
+    }
+}
+
+/// What all commands share.
+#[derive(Debug)]
+pub struct Context {
+    /// JSON on stdout.
+    pub json: bool,
+    quiet: bool,
+    force_progress: bool,
+    interrupted: Arc<AtomicBool>,
+}
+
+impl Context {
+    /// Sets up logging and signals.
+    pub fn new(global: &GlobalArgs) -> Self {
+        let level = match (global.quiet, global.verbose) {
+            (true, _) => "error",
+            (_, 0) => "warn",
+            (_, 1) => "info",
+            _ => "debug",
+        };
+        let filter = tracing_subscriber::EnvFilter::try_from_env("VHD_LOG").unwrap_or_else(|_| level.into());
+        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).without_time().with_target(false);
+        let _ = log.try_init();
+        Self { json: global.json, quiet: global.quiet, force_progress: global.progress, interrupted: Arc::default() }
+    }
+
+    /// Prints text, or the document in its place with `--json`.
+    pub fn print(&self, text: &str, document: &impl serde::Serialize) -> Result<(), Error> {
+        if self.json {
+            return write_json(document);
+        }
+        write_stdout(text.as_bytes())
+    }
+
+    /// Tells the user something that is not the answer.
+    pub fn note(&self, note: &str) {
+        if !self.quiet {
+            eprintln!("vhd: note: {note}");
+        }
+    }
+
+    /// Runs an operation with a progress bar; SIGINT and SIGTERM ask it to stop where it can.
+    pub fn with_progress<T>(&self, what: &str, operation: impl FnOnce(&Progress) -> Result<T, Error>) -> Result<T, Error> {
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            let _ = signal_hook::flag::register(signal, Arc::clone(&self.interrupted));
+        }
+        let progress = Arc::new(Progress::default());
+        let ended = Arc::new(AtomicBool::new(false));
+        let watcher = self.watch(what, &progress, &ended);
+        let result = operation(&progress);
+        ended.store(true, Ordering::SeqCst);
+        watcher.thread().unpark();
+        let _ = watcher.join();
+        result
+    }
+
+    /// The thread that draws the bar and passes signals on.
+    fn watch(&self, what: &str, progress: &Arc<Progress>, ended: &Arc<AtomicBool>) -> JoinHandle<()> {
+        let bar = (io::stderr().is_terminal() && !self.quiet).then(|| new_bar(what));
+        let lines = self.force_progress && bar.is_none();
+        let (what, progress, ended) = (what.to_owned(), Arc::clone(progress), Arc::clone(ended));
+        let interrupted = Arc::clone(&self.interrupted);
+        thread::spawn(move || {
+            let mut last = None;
+            while !ended.load(Ordering::SeqCst) {
+                thread::park_timeout(Duration::from_millis(100));
+                if interrupted.load(Ordering::SeqCst) {
+                    progress.cancel();
+                }
+                let (done, total) = (progress.done(), progress.total());
+                if let Some(bar) = &bar {
+                    bar.set_length(total);
+                    bar.set_position(done);
+                }
+                let percent = (done * 100).checked_div(total);
+                if lines && percent != last {
+                    eprintln!("vhd: {what}: {done} of {total} bytes ({} %)", percent.unwrap_or(0));
+                    last = percent;
+                }
+            }
+            if let Some(bar) = bar {
+                bar.finish_and_clear();
+            }
+        })
+    }
+}
+
+fn new_bar(what: &str) -> ProgressBar {
+    let template = "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(0).with_style(style).with_message(what.to_owned())
+}
+
+/// Prints a document as one JSON text.
+pub fn write_json(document: &impl serde::Serialize) -> Result<(), Error> {
+    let mut text = serde_json::to_string_pretty(document)
+        .map_err(|error| Error::new(ErrorKind::InvalidInput, format!("can't be told as JSON: {error}")))?;
+    text.push('\n');
+    write_stdout(text.as_bytes())
+}
+
+fn write_stdout(bytes: &[u8]) -> Result<(), Error> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(|error| Error::io(error, "output can't be written"))
+}
+
+/// Says why a command could not be done. A reader that closed the pipe had enough: that is success.
+pub fn report_failure(context: &Context, failure: &Error) -> ExitCode {
+    if failure.raw_os_error() == Some(nix::libc::EPIPE) {
+        return ExitCode::SUCCESS;
+    }
+    if context.json {
+        let error = serde_json::json!({
+            "kind": failure.kind().name(),
+            "file": failure.path(),
+            "message": failure.message(),
+        });
+        let _ = write_json(&serde_json::json!({ "error": error }));
+    } else {
+        eprintln!("vhd: {failure}");
+    }
+    ExitCode::from(2)
+}

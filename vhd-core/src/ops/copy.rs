@@ -1,0 +1,228 @@
+//! Copying and comparing the contents of disks, as a guest sees them.
+
+use std::io::{Read, Write};
+use std::ops::Range;
+
+use crate::block::{Disk, ZeroMode};
+use crate::error::{Error, Result, fail};
+use crate::progress::Progress;
+use crate::storage::{AlignedBuffer, Storage};
+
+/// Bytes that are moved at once: large enough that system calls do not count, small enough for the cache.
+const CHUNK: usize = 1 << 20;
+/// Runs of zeros shorter than this are copied like data: skipping them costs more than it saves.
+const ZERO_GRAIN: usize = 4096;
+
+/// True when all bytes are zero.
+#[must_use]
+pub fn is_zero(bytes: &[u8]) -> bool {
+    // Chunks of a fixed size let the compiler use vector instructions.
+    let (chunks, rest) = bytes.as_chunks::<64>();
+    chunks.iter().all(|chunk| chunk.iter().fold(0, |or, &byte| or | byte) == 0) && rest.iter().all(|&byte| byte == 0)
+}
+
+/// Calls `visit` with the runs of `bytes` that are not zero.
+fn data_runs(bytes: &[u8], mut visit: impl FnMut(Range<usize>) -> Result<()>) -> Result<()> {
+    let mut run: Option<Range<usize>> = None;
+    for (index, grain) in bytes.chunks(ZERO_GRAIN).enumerate() {
+        let at = index * ZERO_GRAIN;
+        if is_zero(grain) {
+            run.take().map_or(Ok(()), &mut visit)?;
+        } else {
+            run.get_or_insert(at..at).end = at + grain.len();
+        }
+    }
+    run.map_or(Ok(()), visit)
+}
+
+/// Copies `source` to the beginning of `target`, which has room for it. What is zero stays or becomes a hole;
+/// `target_is_zero` says that it reads as zeros already, as a new image does.
+///
+/// # Errors
+/// `InvalidInput` when `target` is too small; `Cancelled`; as either disk fails.
+pub fn copy(source: &Disk, target: &Disk, target_is_zero: bool, progress: &Progress) -> Result<()> {
+    if target.size() < source.size() {
+        fail!(InvalidInput, "target has {} bytes, the source {}", target.size(), source.size());
+    }
+    progress.set_total(source.size());
+    let mut buffer = AlignedBuffer::new(CHUNK);
+    source.extents(0..source.size(), &mut |extent| {
+        let range = extent.range;
+        if extent.state.reads_zero() {
+            if !target_is_zero {
+                target.zero(range.clone(), ZeroMode::Free)?;
+            }
+            return progress.advance(range.end - range.start);
+        }
+        let mut at = range.start;
+        while at < range.end {
+            // Up to a multiple of the chunk: so both sides stay aligned.
+            let len = (CHUNK - at as usize % CHUNK).min((range.end - at) as usize);
+            source.read_at(&mut buffer[..len], at)?;
+            write_chunk(target, &buffer[..len], at, target_is_zero)?;
+            at += len as u64;
+            progress.advance(len as u64)?;
+        }
+        Ok(())
+    })
+}
+
+fn write_chunk(target: &Disk, bytes: &[u8], at: u64, target_is_zero: bool) -> Result<()> {
+    let mut done = 0;
+    data_runs(bytes, |run| {
+        if !target_is_zero && done < run.start {
+            target.zero(at + done as u64..at + run.start as u64, ZeroMode::Free)?;
+        }
+        done = run.end;
+        target.write_at(&bytes[run.clone()], at + run.start as u64)
+    })?;
+    if !target_is_zero && done < bytes.len() {
+        target.zero(at + done as u64..at + bytes.len() as u64, ZeroMode::Free)?;
+    }
+    Ok(())
+}
+
+/// Writes a range of a disk to a stream.
+///
+/// # Errors
+/// `OutOfRange`; `Cancelled`; as the disk or the stream fails.
+pub fn write_to(source: &Disk, range: Range<u64>, stream: &mut dyn Write, progress: &Progress) -> Result<()> {
+    progress.set_total(range.end.saturating_sub(range.start));
+    let mut buffer = AlignedBuffer::new(CHUNK);
+    let mut at = range.start;
+    while at < range.end {
+        let len = (CHUNK - at as usize % CHUNK).min((range.end - at) as usize);
+        source.read_at(&mut buffer[..len], at)?;
+        stream.write_all(&buffer[..len]).map_err(|error| Error::io(error, "output can't be written"))?;
+        at += len as u64;
+        progress.advance(len as u64)?;
+    }
+    Ok(())
+}
+
+/// Writes a stream to a disk from `offset` on, until it ends. Returns the bytes that came.
+///
+/// # Errors
+/// `OutOfRange` when more comes than the disk holds, after as much as fits was written; `Cancelled`; as either fails.
+pub fn read_from(stream: &mut dyn Read, target: &Disk, offset: u64, skip_zeros: bool, progress: &Progress) -> Result<u64> {
+    let mut buffer = AlignedBuffer::new(CHUNK);
+    let mut at = offset;
+    loop {
+        let len = (CHUNK - at as usize % CHUNK).min(CHUNK);
+        let count = read_full(stream, &mut buffer[..len])?;
+        if count == 0 {
+            return Ok(at - offset);
+        }
+        if at + count as u64 > target.size() {
+            let fits = target.size().saturating_sub(at) as usize;
+            target.write_at(&buffer[..fits], at)?;
+            fail!(OutOfRange, "input goes beyond the end of the disk of {} bytes; what fits was written", target.size());
+        }
+        if skip_zeros {
+            write_chunk(target, &buffer[..count], at, true)?;
+        } else {
+            target.write_at(&buffer[..count], at)?;
+        }
+        at += count as u64;
+        progress.advance(count as u64)?;
+    }
+}
+
+/// Writes a stream to a new file, zeros as holes, until it ends. Returns the bytes that came.
+///
+/// # Errors
+/// `Cancelled`; as either fails.
+pub fn read_to_file(stream: &mut dyn Read, file: &dyn Storage, progress: &Progress) -> Result<u64> {
+    let mut buffer = AlignedBuffer::new(CHUNK);
+    let mut at = 0;
+    loop {
+        let count = read_full(stream, &mut buffer)?;
+        if count == 0 {
+            file.set_len(at).map_err(|error| Error::io(error, format!("can't grow to {at} bytes")))?;
+            return Ok(at);
+        }
+        data_runs(&buffer[..count], |run| {
+            let written = file.write_at(&buffer[run.clone()], at + run.start as u64);
+            written.map_err(|error| Error::io(error, format!("can't be written at {at:#x}")))
+        })?;
+        at += count as u64;
+        progress.advance(count as u64)?;
+    }
+}
+
+fn read_full(stream: &mut dyn Read, buffer: &mut [u8]) -> Result<usize> {
+    let mut count = 0;
+    while count < buffer.len() {
+        match stream.read(&mut buffer[count..]) {
+            Ok(0) => break,
+            Ok(more) => count += more,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(Error::io(error, "input can't be read")),
+        }
+    }
+    Ok(count)
+}
+
+/// The first byte at which two disks differ within what both have; `None` when there is none.
+///
+/// # Errors
+/// `Cancelled`; as either disk fails.
+pub fn compare(a: &Disk, b: &Disk, progress: &Progress) -> Result<Option<u64>> {
+    let size = a.size().min(b.size());
+    progress.set_total(size);
+    let (mut left, mut right) = (AlignedBuffer::new(CHUNK), AlignedBuffer::new(CHUNK));
+    let zeros_of = |disk: &Disk| -> Result<Vec<Range<u64>>> {
+        let mut zeros = Vec::new();
+        disk.extents(0..size, &mut |extent| {
+            // Short ones are read: a list of all of them could be long.
+            if extent.state.reads_zero() && extent.range.end - extent.range.start >= CHUNK as u64 {
+                zeros.push(extent.range);
+            }
+            Ok(())
+        })?;
+        Ok(zeros)
+    };
+    let (zeros_a, zeros_b) = (zeros_of(a)?, zeros_of(b)?);
+    let end_of_zeros = |zeros: &[Range<u64>], at: u64| {
+        let index = zeros.partition_point(|range| range.end <= at);
+        zeros.get(index).filter(|range| range.start <= at).map_or(at, |range| range.end)
+    };
+    let mut at = 0;
+    while at < size {
+        let skip = end_of_zeros(&zeros_a, at).min(end_of_zeros(&zeros_b, at)).min(size);
+        if skip > at {
+            progress.advance(skip - at)?;
+            at = skip;
+            continue;
+        }
+        let len = (CHUNK - at as usize % CHUNK).min((size - at) as usize);
+        a.read_at(&mut left[..len], at)?;
+        b.read_at(&mut right[..len], at)?;
+        if left[..len] != right[..len] {
+            let index = left[..len].iter().zip(&right[..len]).position(|(a, b)| a != b).unwrap_or(0);
+            return Ok(Some(at + index as u64));
+        }
+        at += len as u64;
+        progress.advance(len as u64)?;
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_data() {
+        let mut bytes = vec![0; 5 * ZERO_GRAIN + 10];
+        (bytes[ZERO_GRAIN], bytes[2 * ZERO_GRAIN + 7], bytes[5 * ZERO_GRAIN + 9]) = (1, 1, 1);
+        let mut runs = Vec::new();
+        data_runs(&bytes, |run| {
+            runs.push(run);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(runs, [ZERO_GRAIN..3 * ZERO_GRAIN, 5 * ZERO_GRAIN..5 * ZERO_GRAIN + 10]);
+        assert!(is_zero(&[]) && is_zero(&[0; 65]) && !is_zero(&bytes));
+    }
+}

@@ -1,0 +1,4 @@
+//! What is done with whole images.
+
+pub mod check;
+pub mod copy;
