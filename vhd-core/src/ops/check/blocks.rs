@@ -154,7 +154,7 @@ impl Check<'_> {
         let mut metadata = metadata.into_iter().peekable();
         let mut extra = blocks.extra.iter().copied().peekable();
         for sector in blocks.entries.iter().map(|entry| entry.sector()).chain([u32::MAX]) {
-            let start = u64::from(sector) * SECTOR;
+            let start = if sector == u32::MAX { u64::MAX } else { u64::from(sector) * SECTOR };
             while let Some(region) = metadata.next_if(|region| region.range.start <= start) {
                 leaks.take(region.range.start, region.reserved_end.max(region.range.end), footer_at);
             }
