@@ -1,18 +1,24 @@
 //! Oracles, fixtures and outside tools that judge `vhd`.
 //!
 //! Nothing in these modules shares code with `vhd-core`: a mistake made in one
-//! of them cannot hide the same mistake in the other.
+//! of them cannot hide the same mistake in the other. (The storages only implement its trait.)
 //!
 //! - [`fixture`] writes VHD files of every layout, byte by byte.
 //! - [`reference`](mod@reference) reads a chain the slow and obvious way.
 //! - [`tagged`] makes sectors that say who wrote them, where and when.
 //! - [`model`] is what a chain of disks should hold, in memory.
+//! - [`record`] and [`fault`] are storages that remember, and that fail.
+//! - [`crash`] makes every state that a power cut may leave, and [`history`] says what each may read.
 //! - [`tools`] runs qemu-img, qemu-io and vhdimount.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot make its own input has nothing better to do than panic")]
 
+pub mod crash;
+pub mod fault;
 pub mod fixture;
+pub mod history;
 pub mod model;
+pub mod record;
 pub mod reference;
 pub mod tagged;
 pub mod tools;

@@ -97,7 +97,15 @@ impl Chain {
     /// A chain of one file.
     #[must_use]
     pub fn of(layer: Layer) -> Self {
-        Self { layers: vec![layer] }
+        Self::over(layer, Vec::new())
+    }
+
+    /// A chain of files that were opened one by one: a leaf, and its parents from the nearest to the base.
+    #[must_use]
+    pub fn over(leaf: Layer, parents: Vec<Layer>) -> Self {
+        let mut layers = vec![leaf];
+        layers.extend(parents);
+        Self { layers }
     }
 
     /// The files, leaf first.

@@ -318,8 +318,8 @@ impl Image {
         self.trim()
     }
 
-    /// Cuts the file behind its last block: the footer at its new place, a barrier, then the length. Until then the old
-    /// footer stands at the old end.
+    /// Cuts the file behind its last block, with the footer at its new place. A power cut may leave the length without the
+    /// footer, as when the file grows; closing returns when both are durable.
     fn trim(&self) -> Result<()> {
         let _one = self.flush.lock().unwrap_or_else(PoisonError::into_inner);
         let mut meta = self.meta();
@@ -335,7 +335,6 @@ impl Image {
         let footer_at = new_len - SECTOR;
         let written = self.storage.write_at(&self.footer.to_bytes(), footer_at);
         written.map_err(|error| self.write_error(error, || format!("footer can't be written at {footer_at:#x}")))?;
-        self.sync()?;
         self.storage.set_len(new_len).map_err(|error| self.write_error(error, || format!("can't shrink to {new_len} bytes")))?;
         self.sync()?;
         self.file_len.store(new_len, Ordering::Relaxed);

@@ -1,0 +1,236 @@
+//! Every state that a power cut may leave.
+//!
+//! The medium: what was synced is there; of what was not, any part may be, in any order; a sector of 512 bytes is whole;
+//! a file's length and its data persist apart; bytes that never reached the medium read as zeros.
+
+use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use crate::record::{Event, SECTOR};
+
+/// What may be left of the files when the power fails after `cut` events.
+#[derive(Clone, Debug)]
+pub struct CrashState {
+    /// Content of each file.
+    pub files: Vec<Vec<u8>>,
+    /// Events before the cut.
+    pub cut: usize,
+    /// Which of the events that were not durable reached the medium.
+    pub how: String,
+}
+
+/// How many states are made.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// Up to this many events that are not durable, every subset is made.
+    pub exhaustive: usize,
+    /// Beyond it, and for torn writes, this many random ones at each cut.
+    pub samples: usize,
+    /// Seed of the random ones.
+    pub seed: u64,
+}
+
+impl Default for Effort {
+    fn default() -> Self {
+        Self { exhaustive: 6, samples: 12, seed: 1 }
+    }
+}
+
+/// A small generator, so that a seed gives the same states everywhere.
+#[derive(Clone, Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// Starts from a seed.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
+    }
+
+    /// The next 64 bits (xorshift*).
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+
+    /// A number below `bound`, which is not zero.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        (self.next() >> 11) % bound
+    }
+}
+
+/// A file on the medium.
+#[derive(Clone, Debug)]
+struct Medium {
+    bytes: Vec<u8>,
+}
+
+impl Medium {
+    /// Applies an event, of which only the sectors that `mask` picks arrived.
+    fn apply(&mut self, event: &Event, mask: impl Fn(usize) -> bool) {
+        match event {
+            Event::Write { sector, data, .. } => {
+                for (index, content) in data.chunks_exact(SECTOR as usize).enumerate().filter(|(index, _)| mask(*index)) {
+                    let at = (*sector as usize + index) * SECTOR as usize;
+                    // What lies beyond the length that arrived is lost with it.
+                    let Some(room) = self.bytes.len().checked_sub(at) else { continue };
+                    let len = room.min(content.len());
+                    self.bytes[at..at + len].copy_from_slice(&content[..len]);
+                }
+            }
+            Event::SetLen { len, .. } => self.bytes.resize(*len as usize, 0),
+            Event::Sync { .. } | Event::Mark(_) => {}
+        }
+    }
+}
+
+/// The events of one file that are not durable at a cut.
+type Loose<'a> = Vec<(usize, &'a Event)>;
+
+/// Calls `visit` with each state that a power cut after any event may leave, each state once as long as the client was
+/// told the same. Returns how many there were.
+///
+/// # Errors
+/// The first error of `visit`, with the state's description in front.
+pub fn crash_states(
+    initial: &[Vec<u8>],
+    events: &[Event],
+    effort: Effort,
+    visit: &mut dyn FnMut(&CrashState) -> Result<(), String>,
+) -> Result<usize, String> {
+    let mut durable: Vec<_> = initial.iter().map(|bytes| Medium { bytes: bytes.clone() }).collect();
+    let mut loose: Vec<Loose<'_>> = vec![Vec::new(); initial.len()];
+    let mut random = Random::new(effort.seed);
+    let mut seen = HashSet::new();
+    let mut count = 0;
+    for cut in 0..=events.len() {
+        if let Some(event) = cut.checked_sub(1).map(|last| &events[last]) {
+            match event {
+                Event::Write { file, .. } | Event::SetLen { file, .. } => loose[*file].push((cut - 1, event)),
+                Event::Sync { file } => {
+                    for (_, event) in loose[*file].drain(..) {
+                        durable[*file].apply(event, |_| true);
+                    }
+                }
+                // What was told changes what is permitted: the same bytes are judged again.
+                Event::Mark(_) => seen.clear(),
+            }
+        }
+        let all: Loose<'_> = loose.iter().flatten().copied().collect();
+        for choice in choices(&all, effort, &mut random) {
+            let state = build(&durable, &all, &choice, cut);
+            let mut hasher = DefaultHasher::new();
+            state.files.hash(&mut hasher);
+            if seen.insert(hasher.finish()) {
+                count += 1;
+                visit(&state).map_err(|error| format!("power cut after event {cut} of {} ({}): {error}", events.len(), state.how))?;
+            }
+        }
+    }
+    Ok(count)
+}
+
+/// Which events arrive; for torn ones, which sectors.
+#[derive(Clone, Debug)]
+enum Choice {
+    /// Whole events, by bit.
+    Whole(u64),
+    /// Each sector of each event by chance.
+    Torn(u64),
+    /// All but one event.
+    AllBut(usize),
+    /// One event alone.
+    Only(usize),
+    /// Each event by chance.
+    Some(u64),
+}
+
+fn choices(loose: &Loose<'_>, effort: Effort, random: &mut Random) -> Vec<Choice> {
+    let n = loose.len();
+    let mut choices = Vec::new();
+    if n <= effort.exhaustive {
+        choices.extend((0..1_u64 << n).map(Choice::Whole));
+    } else {
+        choices.extend([Choice::AllBut(usize::MAX), Choice::Only(usize::MAX)]);
+        choices.extend((0..n).flat_map(|index| [Choice::AllBut(index), Choice::Only(index)]));
+        choices.extend((0..effort.samples).map(|_| Choice::Some(random.next())));
+    }
+    let can_tear = loose.iter().any(|(_, event)| matches!(event, Event::Write { data, .. } if data.len() as u64 > SECTOR));
+    if can_tear {
+        choices.extend((0..effort.samples).map(|_| Choice::Torn(random.next())));
+    }
+    choices
+}
+
+fn build(durable: &[Medium], loose: &Loose<'_>, choice: &Choice, cut: usize) -> CrashState {
+    let mut files = durable.to_vec();
+    let mut arrived = Vec::new();
+    let mut chance = match choice {
+        Choice::Torn(seed) | Choice::Some(seed) => Random::new(*seed),
+        _ => Random::new(0),
+    };
+    for (index, &(number, event)) in loose.iter().enumerate() {
+        let (Event::Write { file, .. } | Event::SetLen { file, .. }) = event else { continue };
+        let whole = match choice {
+            Choice::Whole(bits) => bits >> index & 1 == 1,
+            Choice::AllBut(left_out) => index != *left_out,
+            Choice::Only(one) => index == *one,
+            Choice::Some(_) => chance.below(2) == 1,
+            Choice::Torn(_) => {
+                let sectors: Vec<bool> = match event {
+                    Event::Write { data, .. } => (0..data.len() as u64 / SECTOR).map(|_| chance.below(2) == 1).collect(),
+                    _ => vec![chance.below(2) == 1],
+                };
+                if sectors[0] || matches!(event, Event::Write { .. }) {
+                    files[*file].apply(event, |sector| sectors[sector]);
+                }
+                arrived.push(format!("{number}*"));
+                false
+            }
+        };
+        if whole {
+            files[*file].apply(event, |_| true);
+            arrived.push(number.to_string());
+        }
+    }
+    let how = format!("of {} loose events arrived: {}", loose.len(), arrived.join(" "));
+    CrashState { files: files.into_iter().map(|file| file.bytes).collect(), cut, how }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(sector: u64, byte: u8) -> Event {
+        Event::Write { file: 0, sector, data: vec![byte; 512] }
+    }
+
+    fn states(events: &[Event]) -> HashSet<Vec<u8>> {
+        let mut states = HashSet::new();
+        let mut visit = |state: &CrashState| {
+            states.insert(state.files[0].chunks(512).map(|sector| sector[0]).collect());
+            Ok(())
+        };
+        crash_states(&[vec![0; 1024]], events, Effort::default(), &mut visit).unwrap();
+        states
+    }
+
+    #[test]
+    fn without_a_barrier_any_order() {
+        assert_eq!(states(&[write(0, 1), write(1, 2)]), HashSet::from([vec![0, 0], vec![1, 0], vec![0, 2], vec![1, 2]]));
+    }
+
+    #[test]
+    fn a_barrier_orders() {
+        let states = states(&[write(0, 1), Event::Sync { file: 0 }, write(1, 2)]);
+        assert_eq!(states, HashSet::from([vec![0, 0], vec![1, 0], vec![1, 2]]));
+    }
+
+    #[test]
+    fn length_and_data_persist_apart() {
+        let states = states(&[Event::SetLen { file: 0, len: 1536 }, write(2, 3)]);
+        assert_eq!(states, HashSet::from([vec![0, 0], vec![0, 0, 0], vec![0, 0, 3]]));
+    }
+}

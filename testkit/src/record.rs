@@ -1,0 +1,199 @@
+//! A storage that remembers what was done to it, in order, and which barriers there were.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use vhd_core::storage::{MemoryStorage, Storage};
+
+/// Bytes that the medium writes whole or not at all.
+pub const SECTOR: u64 = 512;
+
+/// What was done to a file, or what the client was told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Whole sectors from this one on now hold these bytes. A write of a part of a sector is recorded with the rest
+    /// of the sector as it was: that is what the page cache writes.
+    Write {
+        /// File.
+        file: usize,
+        /// First sector.
+        sector: u64,
+        /// Whole sectors.
+        data: Vec<u8>,
+    },
+    /// The file has this length now.
+    SetLen {
+        /// File.
+        file: usize,
+        /// Bytes.
+        len: u64,
+    },
+    /// Everything before is durable, for this file.
+    Sync {
+        /// File.
+        file: usize,
+    },
+    /// Something that the client did or was told; the number means something to the test.
+    Mark(u64),
+}
+
+/// All events of the files of one test, in one order.
+#[derive(Clone, Debug, Default)]
+pub struct Journal {
+    events: Arc<Mutex<Vec<Event>>>,
+    syncs: Arc<AtomicUsize>,
+    /// The barrier that is left out, counted from 0 over all files; `usize::MAX` for none.
+    dropped: Arc<AtomicUsize>,
+}
+
+impl Journal {
+    /// An empty journal.
+    #[must_use]
+    pub fn new() -> Self {
+        let journal = Self::default();
+        journal.dropped.store(usize::MAX, Ordering::SeqCst);
+        journal
+    }
+
+    /// One whose n-th barrier is left out: the caller is told that it was done.
+    #[must_use]
+    pub fn without_barrier(n: usize) -> Self {
+        let journal = Self::default();
+        journal.dropped.store(n, Ordering::SeqCst);
+        journal
+    }
+
+    /// Notes something that the client did or was told. Returns the event's position.
+    pub fn mark(&self, mark: u64) -> usize {
+        let mut events = self.events.lock().unwrap();
+        events.push(Event::Mark(mark));
+        events.len() - 1
+    }
+
+    /// The events so far.
+    #[must_use]
+    pub fn events(&self) -> Vec<Event> {
+        self.events.lock().unwrap().clone()
+    }
+
+    /// Events so far.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.events.lock().unwrap().len()
+    }
+
+    /// True before the first event.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Barriers so far, those that were left out among them.
+    #[must_use]
+    pub fn syncs(&self) -> usize {
+        self.syncs.load(Ordering::SeqCst)
+    }
+
+    fn push(&self, event: Event) {
+        self.events.lock().unwrap().push(event);
+    }
+}
+
+/// A file in memory whose changes go to a [`Journal`].
+#[derive(Debug)]
+pub struct RecordingStorage {
+    live: MemoryStorage,
+    file: usize,
+    journal: Journal,
+}
+
+impl RecordingStorage {
+    /// File number `file` of the journal, with this content.
+    #[must_use]
+    pub fn new(bytes: Vec<u8>, file: usize, journal: &Journal) -> Self {
+        Self { live: MemoryStorage::new(bytes), file, journal: journal.clone() }
+    }
+
+    /// The content as the running process sees it.
+    #[must_use]
+    pub fn to_vec(&self) -> Vec<u8> {
+        self.live.to_vec()
+    }
+
+    /// Records the sectors of a range as they are now; the last may be cut short by the end of the file.
+    fn record(&self, events: &mut Vec<Event>, range: Range<u64>) -> io::Result<()> {
+        let len = self.live.len()?;
+        let (first, last) = (range.start / SECTOR, range.end.div_ceil(SECTOR));
+        let mut data = vec![0; ((last - first) * SECTOR) as usize];
+        let there = (len - first * SECTOR).min(data.len() as u64) as usize;
+        self.live.read_at(&mut data[..there], first * SECTOR)?;
+        events.push(Event::Write { file: self.file, sector: first, data });
+        Ok(())
+    }
+}
+
+impl Storage for RecordingStorage {
+    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<()> {
+        self.live.read_vectored_at(bufs, offset)
+    }
+
+    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
+        // Under the journal's lock, so that the order of events is that of the changes.
+        let mut events = self.journal.events.lock().unwrap();
+        let before = self.live.len()?;
+        self.live.write_vectored_at(bufs, offset)?;
+        let len = self.live.len()?;
+        if len != before {
+            events.push(Event::SetLen { file: self.file, len });
+        }
+        let end = offset + bufs.iter().map(|buf| buf.len() as u64).sum::<u64>();
+        if end > offset { self.record(&mut events, offset..end) } else { Ok(()) }
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.live.len()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let mut events = self.journal.events.lock().unwrap();
+        self.live.set_len(len)?;
+        events.push(Event::SetLen { file: self.file, len });
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let n = self.journal.syncs.fetch_add(1, Ordering::SeqCst);
+        if n != self.journal.dropped.load(Ordering::SeqCst) {
+            self.journal.push(Event::Sync { file: self.file });
+        }
+        Ok(())
+    }
+
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
+        let mut events = self.journal.events.lock().unwrap();
+        self.live.punch_hole(range.clone())?;
+        if range.is_empty() { Ok(()) } else { self.record(&mut events, range) }
+    }
+
+    fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
+        self.punch_hole(range)
+    }
+
+    fn allocate(&self, _range: Range<u64>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        self.live.next_data(offset)
+    }
+
+    fn can_grow(&self) -> bool {
+        true
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        self.live.allocated()
+    }
+}
