@@ -5,8 +5,12 @@
 //! It would fail if a barrier were missing, if metadata were published before its data, or if space were reused too
 //! early: `every_barrier_is_needed` takes each barrier away to show it.
 
+mod barriers;
+mod faults;
+mod gate;
 mod judge;
 mod scenario;
+mod threads;
 
 use vhd_core::format::{Creator, Timestamp};
 use vhd_core::image::{CreateOptions, Image, NewKind, OpenOptions, ParentLink, create};
