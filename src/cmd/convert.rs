@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use uuid::Uuid;
+use vhd_core::block::ZeroMode;
 use vhd_core::chain::{Chain, Layer, RawFile, is_vhd_name};
 use vhd_core::format::{Creator, DEFAULT_BLOCK_SIZE, Timestamp};
 use vhd_core::image::{CreateOptions, Image, NewKind, OpenOptions, create};
 use vhd_core::ops::copy::{copy, read_from, read_to_file, write_to};
 use vhd_core::storage::{FileStorage, LockMode, Storage, replace_file};
-use vhd_core::block::ZeroMode;
 use vhd_core::{Disk, Error, ErrorKind, Progress};
 
 use super::ChainArgs;
@@ -120,7 +120,14 @@ impl ConvertArgs {
     }
 
     /// Fills the first `size` bytes of the target.
-    fn fill(&self, source: Option<&Disk>, target: &Disk, size: u64, target_is_zero: bool, progress: &Progress) -> Result<(), Error> {
+    fn fill(
+        &self,
+        source: Option<&Disk>,
+        target: &Disk,
+        size: u64,
+        target_is_zero: bool,
+        progress: &Progress,
+    ) -> Result<(), Error> {
         let filled = match source {
             Some(source) => {
                 copy(source, target, target_is_zero, progress)?;
@@ -167,7 +174,9 @@ impl ConvertArgs {
         let is_device = std::fs::metadata(&self.target).is_ok_and(|metadata| metadata.file_type().is_block_device());
         match size {
             Some(size) if !is_device => {
-                storage.set_len(size).map_err(|error| Error::io(error, format!("can't become {size} bytes long")).at(&self.target))?;
+                storage
+                    .set_len(size)
+                    .map_err(|error| Error::io(error, format!("can't become {size} bytes long")).at(&self.target))?;
             }
             None if !is_device => {
                 storage.set_len(0).map_err(|error| Error::io(error, "can't be emptied").at(&self.target))?;

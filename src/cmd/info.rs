@@ -165,7 +165,10 @@ impl Info {
             line("parent", place);
             line("", format!("UUID {}, name {:?}", parent.uuid, parent.name));
             for locator in &parent.locators {
-                line("", format!("{} {}", locator.code, locator.path.as_deref().map_or("(opaque)".into(), |path| format!("{path:?}"))));
+                line(
+                    "",
+                    format!("{} {}", locator.code, locator.path.as_deref().map_or("(opaque)".into(), |path| format!("{path:?}"))),
+                );
             }
         }
         for warning in &self.warnings {

@@ -79,7 +79,9 @@ impl MountArgs {
         let mut arguments: Vec<_> = std::env::args_os().collect();
         let options_end = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
         arguments.insert(options_end, "--daemon".into());
-        let mut command = Command::new("/proc/self/exe");
+        // By its name, for `ps`; but a file that was replaced meanwhile is not this program.
+        let named = std::env::current_exe().ok().filter(|path| path.exists());
+        let mut command = Command::new(named.as_deref().unwrap_or(Path::new("/proc/self/exe")));
         command.arg0(&arguments[0]).args(&arguments[1..]).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut daemon = command.spawn().map_err(failed)?;
 

@@ -28,7 +28,8 @@ pub struct WriteArgs {
 impl WriteArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         let disk = Disk::open(&self.image, &self.open.options(true, self.force))?;
-        let written = context.with_progress("write", |progress| read_from(&mut std::io::stdin().lock(), &disk, self.offset, false, progress));
+        let written = context
+            .with_progress("write", |progress| read_from(&mut std::io::stdin().lock(), &disk, self.offset, false, progress));
         // What was written before a failure is made durable too: it is in the image.
         disk.close()?;
         written.map_err(|error| error.at(&self.image))?;

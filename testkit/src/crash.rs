@@ -48,7 +48,7 @@ impl Random {
     }
 
     /// The next 64 bits (xorshift*).
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -57,7 +57,7 @@ impl Random {
 
     /// A number below `bound`, which is not zero.
     pub fn below(&mut self, bound: u64) -> u64 {
-        (self.next() >> 11) % bound
+        (self.number() >> 11) % bound
     }
 }
 
@@ -155,11 +155,11 @@ fn choices(loose: &Loose<'_>, effort: Effort, random: &mut Random) -> Vec<Choice
     } else {
         choices.extend([Choice::AllBut(usize::MAX), Choice::Only(usize::MAX)]);
         choices.extend((0..n).flat_map(|index| [Choice::AllBut(index), Choice::Only(index)]));
-        choices.extend((0..effort.samples).map(|_| Choice::Some(random.next())));
+        choices.extend((0..effort.samples).map(|_| Choice::Some(random.number())));
     }
     let can_tear = loose.iter().any(|(_, event)| matches!(event, Event::Write { data, .. } if data.len() as u64 > SECTOR));
     if can_tear {
-        choices.extend((0..effort.samples).map(|_| Choice::Torn(random.next())));
+        choices.extend((0..effort.samples).map(|_| Choice::Torn(random.number())));
     }
     choices
 }

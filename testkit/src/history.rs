@@ -50,7 +50,7 @@ impl History {
     /// One line that names what was permitted.
     pub fn judge(&self, lba: u64, found: &[u8; 512], cut: usize) -> Result<(), String> {
         let permitted = self.permitted(lba, cut);
-        if permitted.iter().any(|content| *content == found) {
+        if permitted.contains(&found) {
             return Ok(());
         }
         let names: Vec<_> = permitted.iter().map(|content| crate::tagged::describe(&content[..])).collect();

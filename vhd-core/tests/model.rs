@@ -62,7 +62,8 @@ impl Subject {
     fn new(kind: NewKind, size: u64, block_size: u32, aligned: u64) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("base.vhd");
-        let create = CreateOptions { kind, size, block_size, uuid: [1; 16], creator: Creator::WINDOWS_10, timestamp: Timestamp(0) };
+        let create =
+            CreateOptions { kind, size, block_size, uuid: [1; 16], creator: Creator::WINDOWS_10, timestamp: Timestamp(0) };
         create_file(&path, &create, false).unwrap();
         let disk = Disk::open(&path, &options()).unwrap();
         let model = ModelDisk::new(disk.size());

@@ -121,7 +121,8 @@ fn relative_to(target: &Path, folder: &Path) -> PathBuf {
     while let (Some(a), Some(b)) = (target.peek(), folder.peek())
         && a == b
     {
-        (target.next(), folder.next());
+        target.next();
+        folder.next();
     }
     folder.map(|_| Component::ParentDir).chain(target).collect()
 }

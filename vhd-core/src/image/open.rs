@@ -14,8 +14,8 @@ use super::footers::{Authority, Footers};
 use super::{Image, Sparse, kind_name};
 use crate::error::{Error, ErrorKind, Result, fail};
 use crate::format::{
-    BAT_ENTRY_LEN, Batmap, DiskType, DynamicHeader, FOOTER_LEN, Footer, FooterError, Geometry, HEADER_LEN, HeaderError, MAX_DISK_SIZE,
-    SECTOR,
+    BAT_ENTRY_LEN, Batmap, DiskType, DynamicHeader, FOOTER_LEN, Footer, FooterError, Geometry, HEADER_LEN, HeaderError,
+    MAX_DISK_SIZE, SECTOR,
 };
 use crate::layout::{Layout, file_len_for};
 use crate::storage::Storage;
@@ -358,7 +358,8 @@ fn scan_blocks(storage: &dyn Storage, sparse: &Sparse, found: &Found) -> Result<
 fn free_ranges(sparse: &Sparse, blocks: &[u32], footer_at: u64) -> Vec<Range<u64>> {
     let mut free = Vec::new();
     let mut end = sparse.metadata_end();
-    for slot in blocks.iter().map(|&sector| sparse.layout.slot(sector)).chain([footer_at..footer_at]) {
+    let footer = footer_at..footer_at;
+    for slot in blocks.iter().map(|&sector| sparse.layout.slot(sector)).chain(std::iter::once(footer)) {
         if end + sparse.layout.slot_len() <= slot.start {
             free.push(end..slot.start);
         }

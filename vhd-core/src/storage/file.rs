@@ -126,35 +126,55 @@ fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
     }
 }
 
-impl Storage for FileStorage {
-    fn read_vectored_at(&self, mut bufs: &mut [IoSliceMut<'_>], mut offset: u64) -> io::Result<()> {
-        IoSliceMut::advance_slices(&mut bufs, 0);
-        while !bufs.is_empty() {
-            let pieces = bufs.len().min(MAX_PIECES);
-            let count = retry(|| Ok(preadv(&self.file, &mut bufs[..pieces], to_off(offset)?)?))?;
-            if count == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            IoSliceMut::advance_slices(&mut bufs, count);
-            offset += count as u64;
+/// Calls `read` until all of `bufs` is filled, however little each call brings and whatever interrupts it.
+fn read_fully(
+    mut bufs: &mut [IoSliceMut<'_>],
+    mut offset: u64,
+    mut read: impl FnMut(&mut [IoSliceMut<'_>], i64) -> nix::Result<usize>,
+) -> io::Result<()> {
+    IoSliceMut::advance_slices(&mut bufs, 0);
+    while !bufs.is_empty() {
+        let pieces = bufs.len().min(MAX_PIECES);
+        let at = to_off(offset)?;
+        let count = retry(|| read(&mut bufs[..pieces], at))?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        Ok(())
+        IoSliceMut::advance_slices(&mut bufs, count);
+        offset += count as u64;
+    }
+    Ok(())
+}
+
+/// Calls `write` until all of `bufs` is written.
+fn write_fully(
+    bufs: &[IoSlice<'_>],
+    mut offset: u64,
+    mut write: impl FnMut(&[IoSlice<'_>], i64) -> nix::Result<usize>,
+) -> io::Result<()> {
+    let mut copy: smallvec::SmallVec<[IoSlice<'_>; 8]> = bufs.iter().map(|buf| IoSlice::new(buf)).collect();
+    let mut bufs = &mut copy[..];
+    IoSlice::advance_slices(&mut bufs, 0);
+    while !bufs.is_empty() {
+        let pieces = bufs.len().min(MAX_PIECES);
+        let at = to_off(offset)?;
+        let count = retry(|| write(&bufs[..pieces], at))?;
+        if count == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        IoSlice::advance_slices(&mut bufs, count);
+        offset += count as u64;
+    }
+    Ok(())
+}
+
+impl Storage for FileStorage {
+    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<()> {
+        read_fully(bufs, offset, |bufs, offset| preadv(&self.file, bufs, offset))
     }
 
-    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], mut offset: u64) -> io::Result<()> {
-        let mut copy: smallvec::SmallVec<[IoSlice<'_>; 8]> = bufs.iter().map(|buf| IoSlice::new(buf)).collect();
-        let mut bufs = &mut copy[..];
-        IoSlice::advance_slices(&mut bufs, 0);
-        while !bufs.is_empty() {
-            let pieces = bufs.len().min(MAX_PIECES);
-            let count = retry(|| Ok(pwritev(&self.file, &bufs[..pieces], to_off(offset)?)?))?;
-            if count == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
-            }
-            IoSlice::advance_slices(&mut bufs, count);
-            offset += count as u64;
-        }
-        Ok(())
+    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
+        write_fully(bufs, offset, |bufs, offset| pwritev(&self.file, bufs, offset))
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -258,4 +278,49 @@ pub fn replace_file(path: &Path, overwrite: bool, fill: impl FnOnce(&Arc<FileSto
     let renamed = if overwrite { file.persist(path) } else { file.persist_noclobber(path) };
     renamed.map_err(|error| if error.error.kind() == io::ErrorKind::AlreadyExists { exists() } else { failed(error.error) })?;
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two bytes at a time, with an interruption before each.
+    fn interrupted(calls: &mut usize) -> nix::Result<()> {
+        *calls += 1;
+        if *calls % 2 == 1 { Err(Errno::EINTR) } else { Ok(()) }
+    }
+
+    #[test]
+    fn short_and_interrupted_calls_are_gone_on_with() {
+        let file = b"0123456789";
+        let (mut a, mut b, mut calls) = ([0; 3], [0; 4], 0);
+        let read = |bufs: &mut [IoSliceMut<'_>], at: i64| {
+            interrupted(&mut calls)?;
+            let from = &file[at as usize..];
+            let count = bufs[0].len().min(2).min(from.len());
+            bufs[0][..count].copy_from_slice(&from[..count]);
+            Ok(count)
+        };
+        read_fully(&mut [IoSliceMut::new(&mut a), IoSliceMut::new(&mut b)], 2, read).unwrap();
+        assert_eq!((&a, &b), (b"234", b"5678"));
+
+        let (mut written, mut calls) = (vec![b'.'; 9], 0);
+        let write = |bufs: &[IoSlice<'_>], at: i64| {
+            interrupted(&mut calls)?;
+            let count = bufs[0].len().min(2);
+            written[at as usize..][..count].copy_from_slice(&bufs[0][..count]);
+            Ok(count)
+        };
+        write_fully(&[IoSlice::new(b"abc"), IoSlice::new(b"defg")], 1, write).unwrap();
+        assert_eq!(written, b".abcdefg.");
+    }
+
+    #[test]
+    fn an_end_that_comes_early_is_told() {
+        let mut buf = [0; 3];
+        let error = read_fully(&mut [IoSliceMut::new(&mut buf)], 0, |_, _| Ok(0)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        let error = write_fully(&[IoSlice::new(&buf)], 0, |_, _| Ok(0)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WriteZero);
+    }
 }

@@ -24,6 +24,7 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 /// Contract: no call is ever short; a read past the end is `UnexpectedEof`; a write past the end grows a regular file
 /// and fails on a device. Nothing survives a power cut before [`Storage::sync`] returned, and what was not synced may
 /// reach the medium in any order or not at all. Implementations retry `EINTR` and never panic.
+#[expect(clippy::len_without_is_empty, reason = "nobody asks whether a file is empty")]
 pub trait Storage: Send + Sync + Debug {
     /// Fills all of `bufs` from `offset` on.
     ///

@@ -93,7 +93,8 @@ impl Storage for Gate {
 #[test]
 fn a_freed_block_is_not_reused_while_it_is_read() {
     let setup = setups().into_iter().find(|setup| setup.name == "dynamic").unwrap();
-    let gate = Arc::new(Gate { inner: MemoryStorage::new(setup.image.clone()), state: Mutex::default(), changed: Condvar::new() });
+    let gate =
+        Arc::new(Gate { inner: MemoryStorage::new(setup.image.clone()), state: Mutex::default(), changed: Condvar::new() });
     let disk = open(Arc::clone(&gate) as _, &setup, &writable()).unwrap();
     let block = (BLOCK * 512) as usize;
     disk.write_at(&vec![0xAA; block], 0).unwrap();

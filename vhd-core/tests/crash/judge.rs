@@ -58,7 +58,8 @@ pub fn judge_run(setup: &Setup, run: &Run, effort: Effort, depth: Depth) -> Resu
 fn judge_reading(setup: &Setup, state: &CrashState, history: &History) -> Result<Vec<u8>, String> {
     let bytes = &state.files[0];
     let storage = Arc::new(MemoryStorage::new(bytes.clone()));
-    let disk = open(Arc::clone(&storage) as _, setup, &OpenOptions::default()).map_err(|error| format!("does not open: {error}"))?;
+    let disk =
+        open(Arc::clone(&storage) as _, setup, &OpenOptions::default()).map_err(|error| format!("does not open: {error}"))?;
     let found = read_all(&disk).map_err(|error| format!("can't be read: {error}"))?;
     for lba in 0..disk.size() / SECTOR as u64 {
         history.judge(lba, &sector(&found, lba), state.cut)?;
@@ -68,10 +69,12 @@ fn judge_reading(setup: &Setup, state: &CrashState, history: &History) -> Result
 }
 
 fn judge_check(setup: &Setup, storage: &MemoryStorage) -> Result<(), String> {
-    let report = check(storage, Path::new("leaf.vhd"), &CheckOptions::default()).map_err(|error| format!("check fails: {error}"))?;
+    let report =
+        check(storage, Path::new("leaf.vhd"), &CheckOptions::default()).map_err(|error| format!("check fails: {error}"))?;
     let before = check(&MemoryStorage::new(setup.image.clone()), Path::new("leaf.vhd"), &CheckOptions::default());
     // What was odd before may stay so.
-    let known: Vec<_> = before.map(|report| report.findings.into_iter().map(|finding| finding.code).collect()).unwrap_or_default();
+    let known: Vec<_> =
+        before.map(|report| report.findings.into_iter().map(|finding| finding.code).collect()).unwrap_or_default();
     let worse = report.findings.iter().find(|finding| {
         finding.severity > Severity::Note && !PERMITTED.contains(&finding.code.name()) && !known.contains(&finding.code)
     });
@@ -84,8 +87,11 @@ fn judge_recovery(setup: &Setup, state: &CrashState, found: &[u8], seed: u64, cr
     let journal = Journal::new();
     let storage = Arc::new(RecordingStorage::new(state.files[0].clone(), 0, &journal));
     let mut history = History::default();
-    let disk = open(Arc::clone(&storage) as _, setup, &writable()).map_err(|error| format!("does not open for writing: {error}"))?;
-    let same = |what: &str, now: &[u8], expected: &[u8]| match (0..(expected.len() / SECTOR) as u64).find(|&lba| sector(now, lba) != sector(expected, lba)) {
+    let disk =
+        open(Arc::clone(&storage) as _, setup, &writable()).map_err(|error| format!("does not open for writing: {error}"))?;
+    let same = |what: &str, now: &[u8], expected: &[u8]| match (0..(expected.len() / SECTOR) as u64)
+        .find(|&lba| sector(now, lba) != sector(expected, lba))
+    {
         None => Ok(()),
         Some(lba) => Err(format!(
             "{what}: sector {lba} holds {}, expected {}",
@@ -112,7 +118,8 @@ fn judge_recovery(setup: &Setup, state: &CrashState, found: &[u8], seed: u64, cr
     disk.close().map_err(|error| error.to_string())?;
     drop(disk);
     let closed = Arc::new(MemoryStorage::new(storage.to_vec()));
-    let disk = open(Arc::clone(&closed) as _, setup, &OpenOptions::default()).map_err(|error| format!("does not open again: {error}"))?;
+    let disk = open(Arc::clone(&closed) as _, setup, &OpenOptions::default())
+        .map_err(|error| format!("does not open again: {error}"))?;
     same("written to and closed", &read_all(&disk).map_err(|error| error.to_string())?, &expected)?;
     judge_check(setup, &closed)?;
     if !crash_again {

@@ -32,11 +32,23 @@ pub struct Setup {
 #[derive(Clone, Copy, Debug)]
 pub enum Step {
     /// Whole sectors with tags.
-    Write { lba: u64, count: u64 },
+    Write {
+        lba: u64,
+        count: u64,
+    },
     /// Bytes that begin or end inside sectors.
-    WriteBytes { offset: u64, len: u64 },
-    Discard { lba: u64, count: u64 },
-    ZeroKeep { lba: u64, count: u64 },
+    WriteBytes {
+        offset: u64,
+        len: u64,
+    },
+    Discard {
+        lba: u64,
+        count: u64,
+    },
+    ZeroKeep {
+        lba: u64,
+        count: u64,
+    },
     Flush,
     /// Close, and open again for writing.
     Reopen,
@@ -177,10 +189,10 @@ fn bytes_of(changes: &BTreeMap<u64, [u8; SECTOR]>) -> std::ops::Range<u64> {
 /// The sectors that a step changes, and their content afterwards.
 fn changes_of(step: &Step, number: u64, image: u32, live: &BTreeMap<u64, [u8; SECTOR]>) -> BTreeMap<u64, [u8; SECTOR]> {
     match *step {
-        Step::Write { lba, count } => {
-            (lba..lba + count).map(|lba| (lba, Tag { image, lba, write: number }.sector())).collect()
+        Step::Write { lba, count } => (lba..lba + count).map(|lba| (lba, Tag { image, lba, write: number }.sector())).collect(),
+        Step::Discard { lba, count } | Step::ZeroKeep { lba, count } => {
+            (lba..lba + count).map(|lba| (lba, [0; SECTOR])).collect()
         }
-        Step::Discard { lba, count } | Step::ZeroKeep { lba, count } => (lba..lba + count).map(|lba| (lba, [0; SECTOR])).collect(),
         Step::WriteBytes { offset, len } => {
             let mut changes = BTreeMap::new();
             for (index, byte) in filler(len, number).into_iter().enumerate() {

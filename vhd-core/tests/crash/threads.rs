@@ -131,7 +131,12 @@ fn threads_see_their_own_writes() {
                 let found = read_all(disk).unwrap();
                 for (lba, content) in &known {
                     let held = sector(&found, *lba);
-                    assert!(held == *content, "{} {when}: sector {lba} holds {}", setup.name, vhd_testkit::tagged::describe(&held));
+                    assert!(
+                        held == *content,
+                        "{} {when}: sector {lba} holds {}",
+                        setup.name,
+                        vhd_testkit::tagged::describe(&held)
+                    );
                 }
             };
             agree(&disk, "open");

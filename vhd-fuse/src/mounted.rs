@@ -1,0 +1,219 @@
+//! The life of a mount: made, served, ended.
+
+use std::fs::File;
+use std::io::{self, PipeReader};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use fuser::{Config, INodeNo, Session, SessionACL};
+use rustix::event::{PollFd, PollFlags};
+use vhd_core::{Disk, Error, ErrorKind, Result};
+
+use crate::device::attach;
+use crate::filesystem::{DiskFiles, MAX_TRANSFER};
+use crate::gate::Gate;
+use crate::options::MountOptions;
+use crate::server::wait_readable;
+use crate::signals::StopSignals;
+use crate::tree::{Content, Tree};
+use crate::unmount::{Detach, detach, one_line};
+use crate::view::View;
+use crate::{DISK_FILE, SUBTYPE};
+
+/// How long those who still use a mount have, once it was told to end.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Mounts `disk` as files on the folder `target`. When this returns the files are there; they are served until
+/// [`Mounted::wait`] or [`Mounted::end`] returns, or what is returned here is dropped.
+///
+/// # Errors
+/// `InvalidInput` when the target is no folder; `Io` when it can't be mounted. The disk is closed then.
+pub fn mount(disk: Disk, target: &Path, options: &MountOptions) -> Result<Mounted> {
+    serve(&disk, target, options).inspect_err(|_| {
+        if let Err(error) = disk.close() {
+            tracing::error!("{error}");
+        }
+    })
+}
+
+fn serve(disk: &Disk, target: &Path, options: &MountOptions) -> Result<Mounted> {
+    let target = target.canonicalize().map_err(|error| Error::io(error, "can't find it").at(target))?;
+    if !target.is_dir() {
+        return Err(Error::new(ErrorKind::InvalidInput, "is not a folder; give a folder to mount on").at(&target));
+    }
+    let failed = |error: io::Error| {
+        let reason = error.to_string();
+        Error::new(ErrorKind::Io, format!("can't mount here: {}", one_line(&reason))).at(&target)
+    };
+
+    let mut tree = Tree::new();
+    let whole = View::whole(disk.clone(), options.read_only);
+    let read_only = whole.read_only();
+    tree.add(INodeNo::ROOT, DISK_FILE, Content::File(whole));
+    let files = tree.paths().iter().map(|path| target.join(path)).collect();
+    let gate = Arc::new(Gate::default());
+    let filesystem = DiskFiles::new(tree, Arc::clone(&gate), options.clone()).map_err(failed)?;
+    let handle = attach(&target, &source(disk), options, read_only).map_err(failed)?;
+    // From here on a failure leaves a mount that nobody serves.
+    let undone = |error: io::Error| {
+        let _ = detach(&target, Detach::Lazily);
+        failed(error)
+    };
+    // That everybody's requests are let in is no more than that fuser need not look: the kernel has.
+    let session = Session::from_fd(filesystem, handle, SessionACL::All, config(options)).map_err(undone)?;
+
+    // The session takes the write end with it, so the read end tells when it is over.
+    let (ended, ends) = io::pipe().map_err(undone)?;
+    let serving = thread::Builder::new().name("fuse".to_owned()).spawn(move || {
+        let result = session.run();
+        drop(ends);
+        result
+    });
+    let serving = serving.map_err(undone)?;
+    // Asked of the mount itself: it answers.
+    let device = device(&target).map_err(undone)?;
+    raise_readahead(device);
+    Ok(Mounted { disk: disk.clone(), target, files, device, gate, ended, serving: Some(serving) })
+}
+
+fn config(options: &MountOptions) -> Config {
+    let mut config = Config::default();
+    config.n_threads = Some(options.threads.unwrap_or_else(default_threads));
+    config.clone_fd = true;
+    config
+}
+
+/// More than there are processors, for a thread waits while the host's disk does: of 2, 4, 8 and 16 threads on two
+/// processors, 8 read most from a disk, and no fewer from memory.
+fn default_threads() -> usize {
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    (processors * 2).clamp(8, 16)
+}
+
+/// The image, as what is mounted: in the mount table, and so in `findmnt` and `df`.
+fn source(disk: &Disk) -> String {
+    let path = disk.layer_path(0).map(|path| path.canonicalize().unwrap_or_else(|_| path.to_owned()));
+    path.map_or_else(|| SUBTYPE.to_owned(), |path| path.to_string_lossy().into_owned())
+}
+
+fn device(path: &Path) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(std::fs::symlink_metadata(path)?.dev())
+}
+
+/// A kernel reads ahead 128 KiB, in requests of that size, unless root says otherwise: through the page cache that
+/// costs up to half the speed. Whoever can't say so goes without.
+fn raise_readahead(device: u64) {
+    let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+    let setting = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    if let Err(error) = std::fs::write(&setting, (MAX_TRANSFER >> 10).to_string()) {
+        tracing::debug!("{setting}: readahead stays as it is: {error}");
+    }
+}
+
+/// A disk that is mounted. Dropping it ends the mount too, but tells nobody what went wrong.
+pub struct Mounted {
+    disk: Disk,
+    target: PathBuf,
+    files: Vec<PathBuf>,
+    /// The mount's device number, which tells it from another on the same folder.
+    device: u64,
+    gate: Arc<Gate>,
+    ended: PipeReader,
+    /// Gone once the mount has ended.
+    serving: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl Mounted {
+    /// Where it is mounted.
+    #[must_use]
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Waits until it is unmounted from outside, or one of `signals` came and [`Mounted::end`] did its work. Then the
+    /// disk is flushed and closed.
+    ///
+    /// # Errors
+    /// As the disk can't be flushed and closed.
+    pub fn wait(mut self, signals: Option<&StopSignals>) -> Result<()> {
+        self.wait_for_end(signals, None)?;
+        self.finish(signals)
+    }
+
+    /// Unmounts it, then flushes and closes the disk. Those who use it have two seconds to finish, during which
+    /// nobody new finds it; then they get errors.
+    ///
+    /// # Errors
+    /// As the disk can't be flushed and closed.
+    pub fn end(mut self) -> Result<()> {
+        self.finish(None)
+    }
+
+    /// Waits until it is unmounted, or a signal came, or time is up; true when it is unmounted.
+    fn wait_for_end(&self, signals: Option<&StopSignals>, timeout: Option<Duration>) -> Result<bool> {
+        let ended = PollFd::from_borrowed_fd(self.ended.as_fd(), PollFlags::IN);
+        let mut handles = vec![ended];
+        handles.extend(signals.map(|signals| PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN)));
+        wait_readable(&handles, timeout).map_err(|error| Error::io(error, "can't wait for the mount to end"))?;
+        if let Some(signal) = signals.and_then(StopSignals::take) {
+            tracing::info!("{}: ending because of {signal}", self.target.display());
+        }
+        wait_readable(&[PollFd::from_borrowed_fd(self.ended.as_fd(), PollFlags::IN)], Some(Duration::ZERO))
+            .map_err(|error| Error::io(error, "can't tell whether the mount has ended"))
+    }
+
+    /// Ends it if it has not ended, and closes the disk. A second signal ends the grace.
+    fn finish(&mut self, signals: Option<&StopSignals>) -> Result<()> {
+        let Some(serving) = self.serving.take() else { return Ok(()) };
+        // The disk is closed whether or not the end can be waited for.
+        let has_ended = |signals, timeout| self.wait_for_end(signals, Some(timeout)).unwrap_or(false);
+        let unmounted = has_ended(None, Duration::ZERO) || {
+            self.unmount();
+            has_ended(signals, GRACE)
+        };
+        // From here on nothing is written, whoever still holds a file: what the close makes durable is all there is.
+        self.gate.close();
+        let closed = self.disk.close();
+        if unmounted {
+            match serving.join() {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::error!("{}: serving ended early: {error}", self.target.display()),
+                Err(_) => tracing::error!("{}: serving panicked", self.target.display()),
+            }
+        }
+        // Otherwise its threads go on to answer "not connected", until the last user or this process is gone.
+        closed
+    }
+
+    /// Takes it out of sight. Only a mount that nobody uses can be unmounted; any other is detached, after what was
+    /// changed through memory maps was written.
+    fn unmount(&self) {
+        if device(&self.target).ok() != Some(self.device) {
+            // Detached by someone already, or covered by another mount that is none of ours.
+            return;
+        }
+        if detach(&self.target, Detach::Now).is_ok() {
+            return;
+        }
+        for path in &self.files {
+            if let Err(error) = File::open(path).and_then(|file| file.sync_all()) {
+                tracing::warn!("{}: can't be synced before the mount ends: {error}", path.display());
+            }
+        }
+        if let Err(error) = detach(&self.target, Detach::Lazily) {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Err(error) = self.finish(None) {
+            tracing::error!("{error}");
+        }
+    }
+}
