@@ -14,6 +14,8 @@ pub enum Fault {
     Eio,
     /// No space: writes that would take space fail, and nothing else does.
     Enospc,
+    /// No space for any write, as on a host that copies on write.
+    EnospcAnywhere,
     /// The sync failed, and what was not synced is gone; the next sync succeeds. (What Linux does.)
     SyncDrops,
 }
@@ -59,6 +61,12 @@ impl FaultStorage {
         }
     }
 
+    /// From now on, calls fail by this plan.
+    pub fn plan(&self, plan: Plan) {
+        self.calls.store(0, Ordering::SeqCst);
+        *self.plan.lock().unwrap() = Some(plan);
+    }
+
     /// No call fails any more: the disk was replaced, there is room again.
     pub fn heal(&self) {
         *self.plan.lock().unwrap() = None;
@@ -88,6 +96,7 @@ impl FaultStorage {
         let concerned = match plan.fault {
             Fault::Eio => true,
             Fault::Enospc => takes_space,
+            Fault::EnospcAnywhere => call == Call::Write,
             Fault::SyncDrops => call == Call::Sync,
         };
         if !concerned {
@@ -105,7 +114,7 @@ impl FaultStorage {
         match self.meets(call, takes_space) {
             None => Ok(()),
             Some(Fault::Eio) => Err(io::Error::from_raw_os_error(5)),
-            Some(Fault::Enospc) => Err(io::Error::from_raw_os_error(28)),
+            Some(Fault::Enospc | Fault::EnospcAnywhere) => Err(io::Error::from_raw_os_error(28)),
             Some(Fault::SyncDrops) => {
                 // The pages are gone; the length, which is the kernel's own, is not.
                 let mut durable = self.durable();

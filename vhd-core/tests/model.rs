@@ -5,6 +5,7 @@
 //! operation the touched range is compared; at the end the whole disk, here, through the test kit's own reader, and
 //! for some through qemu-img and vhdimount.
 //! It would fail if data were lost, misplaced or brought back, by any operation in any order.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails here")]
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};

@@ -39,7 +39,7 @@ pub fn judge_run(setup: &Setup, run: &Run, effort: Effort, depth: Depth) -> Resu
     let mut recovered = 0;
     let mut second_states = 0;
     let mut number = 0;
-    counts.states = crash_states(&[setup.image.clone()], &run.events, effort, &mut |state| {
+    counts.states = crash_states(std::slice::from_ref(&setup.image), &run.events, effort, &mut |state| {
         number += 1;
         let found = judge_reading(setup, state, &run.history)?;
         if number % depth.recover_every == 0 {

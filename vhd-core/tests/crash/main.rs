@@ -4,6 +4,7 @@
 //! by seeded sampling, is opened, read, checked, written to, and crashed again.
 //! It would fail if a barrier were missing, if metadata were published before its data, or if space were reused too
 //! early: `every_barrier_is_needed` takes each barrier away to show it.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails here")]
 
 mod barriers;
 mod faults;
@@ -11,6 +12,7 @@ mod gate;
 mod judge;
 mod scenario;
 mod threads;
+mod traps;
 
 use vhd_core::format::{Creator, Timestamp};
 use vhd_core::image::{CreateOptions, Image, NewKind, OpenOptions, ParentLink, create};
@@ -64,7 +66,7 @@ fn used(name: &'static str, setup: &Setup) -> Setup {
     let run = run(setup, &script, &journal, 7);
     let mut image = Vec::new();
     let last = Effort { exhaustive: 0, samples: 0, seed: 0 };
-    crash_states(&[setup.image.clone()], &run.events, last, &mut |state| {
+    crash_states(std::slice::from_ref(&setup.image), &run.events, last, &mut |state| {
         image.clone_from(&state.files[0]);
         Ok(())
     })
@@ -199,7 +201,7 @@ fn a_closed_image_has_its_trailing_footer() {
             missing += usize::from(state.cut == count && !matches!(footer, Some(Ok(_))));
             Ok(())
         };
-        crash_states(&[setup.image.clone()], &run.events, Effort::default(), &mut visit).unwrap();
+        crash_states(std::slice::from_ref(&setup.image), &run.events, Effort::default(), &mut visit).unwrap();
         (missing, run.syncs)
     };
     let (missing, syncs) = without_footer(&Journal::new());

@@ -1,0 +1,149 @@
+//! The traps that a first design of a VHD writer falls into, each by name. The random tests find them too; these say
+//! what they are.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use vhd_core::ErrorKind;
+use vhd_core::format::{BAT_UNUSED, Footer};
+use vhd_core::image::OpenOptions;
+use vhd_core::storage::MemoryStorage;
+use vhd_testkit::crash::{Effort, crash_states};
+use vhd_testkit::fault::{Fault, FaultStorage, Plan};
+use vhd_testkit::fixture::{Bits, BlockFill, Fill, FixtureSpec, Kind, Layout as FixtureLayout};
+use vhd_testkit::record::Journal;
+
+use crate::judge::{Depth, judge_run};
+use crate::scenario::{Setup, Step, open, read_all, run, sector, writable};
+use crate::{BLOCK, setups};
+
+/// Where the BAT of the images of this test is, and its entries in a file.
+fn entries(image: &[u8]) -> impl Iterator<Item = u32> + '_ {
+    let header = u64::from_be_bytes(image[16..24].try_into().unwrap()) as usize;
+    let bat = u64::from_be_bytes(image[header + 16..header + 24].try_into().unwrap()) as usize;
+    let count = u32::from_be_bytes(image[header + 28..header + 32].try_into().unwrap()) as usize;
+    image[bat..bat + count * 4].chunks(4).map(|entry| u32::from_be_bytes(entry.try_into().unwrap()))
+}
+
+fn setup(name: &str) -> Setup {
+    setups().into_iter().find(|setup| setup.name == name).unwrap()
+}
+
+#[test]
+fn a_bat_entry_is_not_durable_before_the_files_length() {
+    for name in ["dynamic", "differencing"] {
+        let setup = setup(name);
+        let script = [Step::Write { lba: 0, count: 30 }, Step::Flush, Step::Write { lba: 50, count: 20 }, Step::Flush];
+        let run = run(&setup, &script, &Journal::new(), 1);
+        crash_states(std::slice::from_ref(&setup.image), &run.events, Effort::default(), &mut |state| {
+            let image = &state.files[0];
+            let end = |entry: u32| u64::from(entry) * 512 + 512 + BLOCK * 512;
+            match entries(image).filter(|entry| *entry != BAT_UNUSED).find(|entry| end(*entry) > image.len() as u64) {
+                Some(entry) => Err(format!("entry {entry:#x} is beyond the file of {} bytes", image.len())),
+                None => Ok(()),
+            }
+        })
+        .unwrap();
+    }
+}
+
+#[test]
+fn space_behind_the_last_block_is_not_given_out_as_fresh() {
+    // A killed process grew the file and wrote data of a block whose BAT entry was lost.
+    let setup = setup("dynamic");
+    let mut image = setup.image.clone();
+    image.resize(image.len() + (512 << 10), 0xA5);
+    let storage = Arc::new(MemoryStorage::new(image));
+    let disk = open(Arc::clone(&storage) as _, &setup, &writable()).unwrap();
+    disk.write_at(&[1; 512], 3 * 512).unwrap();
+    disk.close().unwrap();
+    let found = read_all(&disk).unwrap();
+    let rubbish = found.iter().filter(|&&byte| byte == 0xA5).count();
+    assert_eq!(rubbish, 0, "bytes of a lost block show");
+    // Nor on disk, for readers who ignore bitmaps.
+    let image = storage.to_vec();
+    let entry = entries(&image).find(|entry| *entry != BAT_UNUSED).unwrap() as usize;
+    let data = &image[entry * 512 + 512..][..BLOCK as usize * 512];
+    assert!(data.iter().all(|&byte| byte < 2), "its slot was not zeroed");
+}
+
+/// An image of another creator: a block of which two sectors are present, over bytes that were never written.
+fn foreign() -> Setup {
+    let mut spec = FixtureSpec::new(Kind::Dynamic, FixtureLayout::Classic, 12 * BLOCK * 512);
+    spec.block_size = 4096;
+    let fill = BlockFill { fill: Fill::Byte(0xA5), sectors: BTreeMap::new(), bits: Bits::Only([1, 2].into()) };
+    let (image, _) = spec.block(2, fill).to_bytes();
+    Setup { name: "another creator's", image, parent: None }
+}
+
+#[test]
+fn a_bitmap_bit_does_not_land_before_its_data_in_another_creators_image() {
+    let setup = foreign();
+    let script = [
+        Step::Write { lba: 2 * BLOCK + 4, count: 2 },
+        Step::Flush,
+        Step::WriteBytes { offset: (2 * BLOCK + 6) * 512 + 100, len: 10 },
+        Step::Discard { lba: 2 * BLOCK + 2, count: 5 },
+        Step::Flush,
+    ];
+    let run = run(&setup, &script, &Journal::new(), 1);
+    let depth = Depth { recover_every: 1, second_crash_every: 5 };
+    judge_run(&setup, &run, Effort::default(), depth).unwrap();
+}
+
+#[test]
+fn of_two_footers_that_disagree_the_trailing_one_counts_and_opening_for_writing_mends_the_copy() {
+    let setup = setup("dynamic");
+    let mut image = setup.image.clone();
+    let mut footer = Footer::parse(image.first_chunk().unwrap()).unwrap();
+    footer.set_uuid([9; 16]);
+    image[..512].copy_from_slice(&footer.to_bytes());
+    let storage = Arc::new(MemoryStorage::new(image.clone()));
+    let look = vhd_core::image::Image::open(Arc::clone(&storage) as _, "a.vhd".as_ref(), &OpenOptions::default()).unwrap();
+    assert_eq!(look.footer().uuid(), [3; 16]);
+    assert!(look.warnings().iter().any(|warning| warning.contains("differs")), "{:?}", look.warnings());
+    assert!(storage.to_vec() == image, "looking changes nothing");
+    drop(open(Arc::clone(&storage) as _, &setup, &writable()).unwrap());
+    let mended = storage.to_vec();
+    assert!(mended[..512] == mended[mended.len() - 512..] && mended[68..84] == [3; 16]);
+}
+
+#[test]
+fn no_space_for_metadata_after_the_data_was_acknowledged_loses_nothing() {
+    for name in ["dynamic", "differencing"] {
+        let setup = setup(name);
+        // The write succeeds; what fails is the first write of the flush.
+        let storage = Arc::new(FaultStorage::new(setup.image.clone(), None));
+        let disk = open(Arc::clone(&storage) as _, &setup, &writable()).unwrap();
+        disk.write_at(&[7; 512], 0).unwrap();
+        storage.plan(Plan { fault: Fault::EnospcAnywhere, at: 1, for_ever: true });
+        assert_eq!(disk.flush().unwrap_err().kind(), ErrorKind::NoSpace);
+        assert_eq!(disk.flush().unwrap_err().kind(), ErrorKind::NoSpace, "a flush that failed is not clean");
+        storage.heal();
+        disk.flush().unwrap();
+        let after_cut = Arc::new(MemoryStorage::new(storage.durable()));
+        let found = read_all(&open(after_cut, &setup, &OpenOptions::default()).unwrap()).unwrap();
+        assert_eq!(sector(&found, 0), [7; 512], "{name}");
+    }
+}
+
+#[test]
+fn a_lost_bit_does_not_bring_its_data_back_when_a_neighbour_is_written() {
+    let setup = setup("differencing");
+    let storage = Arc::new(MemoryStorage::new(setup.image.clone()));
+    let disk = open(Arc::clone(&storage) as _, &setup, &writable()).unwrap();
+    disk.write_at(&[5; 512], 0).unwrap();
+    disk.flush().unwrap();
+    // Data arrives, bits do not: the process is killed.
+    disk.write_at(&[6; 3 * 512], 4 * 512).unwrap();
+    std::mem::forget(disk);
+    let disk = open(Arc::clone(&storage) as _, &setup, &writable()).unwrap();
+    let before = read_all(&disk).unwrap();
+    disk.write_at(&[9; 512], 7 * 512).unwrap();
+    disk.write_at(&[9; 100], 3 * 512 + 50).unwrap();
+    disk.close().unwrap();
+    let after = read_all(&disk).unwrap();
+    for lba in [0, 1, 2, 4, 5, 6] {
+        assert!(sector(&after, lba) == sector(&before, lba), "sector {lba} changed");
+    }
+}
