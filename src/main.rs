@@ -37,7 +37,10 @@ fn main() -> ExitCode {
 fn usage(error: &clap::Error) -> ExitCode {
     if error.use_stderr() && std::env::args().any(|argument| argument == "--json") {
         let text = error.to_string();
-        let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+        // What is missing may be listed line by line; usage and tips follow an empty one.
+        let lines: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+        let message = lines.join(" ");
+        let message = message.trim_start_matches("error: ");
         let _ = output::write_json(&serde_json::json!({ "error": { "kind": "usage", "message": message } }));
         return ExitCode::from(2);
     }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
+use serde::Serialize;
 use uuid::Uuid;
 use vhd_core::block::ZeroMode;
 use vhd_core::chain::{Chain, Layer, RawFile, is_vhd_name};
@@ -58,6 +59,25 @@ enum TargetFormat {
     Raw,
 }
 
+/// The JSON of `vhd convert`, but when stdout takes the bytes.
+#[derive(Serialize)]
+struct Document<'a> {
+    source: &'a Path,
+    path: &'a Path,
+    #[serde(rename = "type")]
+    format: &'static str,
+}
+
+impl TargetFormat {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Dynamic => "dynamic",
+            Self::Fixed => "fixed",
+            Self::Raw => "raw",
+        }
+    }
+}
+
 impl ConvertArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         if self.source == self.target && !is_stream(&self.source) {
@@ -73,6 +93,9 @@ impl ConvertArgs {
             TargetFormat::Dynamic => self.to_vhd(context, source.as_ref(), NewKind::Dynamic, progress),
             TargetFormat::Fixed => self.to_vhd(context, source.as_ref(), NewKind::Fixed { preallocate: false }, progress),
         })?;
+        if context.json && !is_stream(&self.target) {
+            context.print("", &Document { source: &self.source, path: &self.target, format: format.name() })?;
+        }
         Ok(Answer::Yes)
     }
 

@@ -17,6 +17,7 @@ pub struct UnmountArgs {
 impl UnmountArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         vhd_fuse::unmount(&self.target, &mut |note| context.note(note))?;
+        context.print("", &serde_json::json!({ "target": self.target }))?;
         Ok(Answer::Yes)
     }
 }

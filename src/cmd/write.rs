@@ -32,7 +32,8 @@ impl WriteArgs {
             .with_progress("write", |progress| read_from(&mut std::io::stdin().lock(), &disk, self.offset, false, progress));
         // What was written before a failure is made durable too: it is in the image.
         disk.close()?;
-        written.map_err(|error| error.at(&self.image))?;
+        let length = written.map_err(|error| error.at(&self.image))?;
+        context.print("", &serde_json::json!({ "path": self.image, "offset": self.offset, "length": length }))?;
         Ok(Answer::Yes)
     }
 }

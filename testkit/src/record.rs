@@ -44,6 +44,7 @@ pub enum Event {
 pub struct Journal {
     events: Arc<Mutex<Vec<Event>>>,
     syncs: Arc<AtomicUsize>,
+    searches: Arc<AtomicUsize>,
     /// The barrier that is left out, counted from 0 over all files; `usize::MAX` for none.
     dropped: Arc<AtomicUsize>,
 }
@@ -94,6 +95,12 @@ impl Journal {
     #[must_use]
     pub fn syncs(&self) -> usize {
         self.syncs.load(Ordering::SeqCst)
+    }
+
+    /// Searches for data and holes so far.
+    #[must_use]
+    pub fn searches(&self) -> usize {
+        self.searches.load(Ordering::SeqCst)
     }
 
     fn push(&self, event: Event) {
@@ -186,6 +193,7 @@ impl Storage for RecordingStorage {
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        self.journal.searches.fetch_add(1, Ordering::SeqCst);
         self.live.next_data(offset)
     }
 

@@ -127,9 +127,10 @@ impl Error {
     /// What is wrong, without the file's name.
     #[must_use]
     pub fn message(&self) -> String {
+        let message = visible(&self.0.message);
         match &self.0.source {
-            Some(source) => format!("{}: {source}", self.0.message),
-            None => self.0.message.clone(),
+            Some(source) => format!("{message}: {source}"),
+            None => message,
         }
     }
 
@@ -140,10 +141,15 @@ impl Error {
     }
 }
 
+/// Text as one line that does nothing to a terminal: paths come from images, too.
+fn visible(text: &str) -> String {
+    text.chars().map(|letter| if letter.is_control() { char::REPLACEMENT_CHARACTER } else { letter }).collect()
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(path) = self.path() {
-            write!(f, "{}: ", path.display())?;
+            write!(f, "{}: ", visible(&path.display().to_string()))?;
         }
         f.write_str(&self.message())
     }

@@ -229,10 +229,12 @@ fn open_candidate(folder: &Path, candidate: &Path, policy: &ParentPolicy, tried:
     };
     let found = inside.and_then(|inside| {
         let dir = File::open(folder).ok()?;
-        let how =
-            OpenHow::new().flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).resolve(ResolveFlag::RESOLVE_BENEATH);
-        let fd = openat2(dir.as_fd(), &inside, how).ok()?;
-        regular(File::from(fd), &tidy(&folder.join(inside)))
+        let open = |flags| {
+            let how = OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(ResolveFlag::RESOLVE_BENEATH);
+            openat2(dir.as_fd(), &inside, how).ok().map(File::from)
+        };
+        is_regular(&open(OFlag::O_PATH)?).then_some(())?;
+        regular(open(OFlag::O_RDONLY | OFlag::O_NONBLOCK)?, &tidy(&folder.join(&inside)))
     });
     if found.is_none() && folder.join(candidate).is_file() {
         tried.outside.get_or_insert_with(|| folder.join(candidate));
@@ -246,16 +248,23 @@ fn tidy(path: &Path) -> PathBuf {
 }
 
 fn open_regular(path: &Path) -> Option<FileStorage> {
-    let file = std::os::unix::fs::OpenOptionsExt::custom_flags(std::fs::OpenOptions::new().read(true), OFlag::O_NONBLOCK.bits())
-        .open(path)
-        .ok()?;
-    regular(file, &tidy(path))
+    let open = |flags: OFlag| {
+        let mut options = std::fs::OpenOptions::new();
+        std::os::unix::fs::OpenOptionsExt::custom_flags(options.read(true), flags.bits()).open(path).ok()
+    };
+    is_regular(&open(OFlag::O_PATH)?).then_some(())?;
+    regular(open(OFlag::O_NONBLOCK)?, &tidy(path))
 }
 
-/// Only regular files: a device is never opened because an image says so.
+/// Only regular files: a device is never opened because an image says so, not even to see that it is one. Opening a
+/// watchdog starts it, opening a tape rewinds it. So each candidate is looked at through a path descriptor first.
+fn is_regular(file: &File) -> bool {
+    file.metadata().is_ok_and(|metadata| metadata.is_file())
+}
+
+/// Looks again: it may have been replaced meanwhile.
 fn regular(file: File, path: &Path) -> Option<FileStorage> {
-    file.metadata().ok().filter(std::fs::Metadata::is_file)?;
-    FileStorage::from_file(file, path).ok()
+    is_regular(&file).then(|| FileStorage::from_file(file, path).ok()).flatten()
 }
 
 fn uuid_of(storage: &dyn Storage) -> Option<[u8; 16]> {
@@ -273,9 +282,17 @@ fn search(dir: &Path, expected: [u8; 16]) -> Option<FileStorage> {
     vhds_in(dir).find(|storage| uuid_of(storage) == Some(expected))
 }
 
-/// An image in the folder of `path` that is a child of the one with this identifier.
-pub(super) fn find_child(path: &Path, uuid: [u8; 16]) -> Option<PathBuf> {
-    vhds_in(folder_of(path)).find(|storage| parent_uuid_of(storage) == Some(uuid)).map(|storage| storage.path().to_owned())
+/// An image beside the one at `path`, which is open as `itself`, that is a child of it. A link is looked beside, and what
+/// it leads to.
+pub(super) fn find_child(path: &Path, itself: &FileStorage, uuid: [u8; 16]) -> Option<PathBuf> {
+    let own = itself.identity().ok();
+    let is_child = |storage: &FileStorage| parent_uuid_of(storage) == Some(uuid) && storage.identity().ok() != own;
+    let folder = folder_of(path);
+    let real = std::fs::canonicalize(path).ok()?;
+    let linked_from = std::fs::canonicalize(folder).ok().filter(|folder| *folder != folder_of(&real)).map(|_| folder);
+    let folders = linked_from.into_iter().chain([if linked_from.is_some() { folder_of(&real) } else { folder }]);
+    let child = folders.flat_map(vhds_in).find(is_child)?;
+    Some(child.path().to_owned())
 }
 
 fn parent_uuid_of(storage: &dyn Storage) -> Option<[u8; 16]> {

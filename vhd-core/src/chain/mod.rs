@@ -2,6 +2,7 @@
 
 mod child;
 mod find;
+mod holes;
 mod open;
 mod raw;
 
@@ -17,8 +18,9 @@ pub use find::{Locator, ParentPolicy, is_vhd_name, read_locators};
 pub use open::{ChainOptions, MAX_DEPTH};
 pub use raw::RawFile;
 
+use self::holes::DataRanges;
 use crate::block::{BlockDevice, Capabilities, Extent, ExtentState, ZeroMode};
-use crate::error::{Result, fail};
+use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Below, Image, Run, RunKind};
 use crate::storage::{ReadBuffers, Storage};
 
@@ -126,7 +128,10 @@ impl Chain {
         let size = self.leaf().size();
         match offset.checked_add(len) {
             Some(end) if end <= size => Ok(offset..end),
-            _ => fail!(OutOfRange, "{len} bytes at {offset} are not inside the disk of {size} bytes"),
+            _ => {
+                let message = format!("{len} bytes at {offset} are not inside the disk of {size} bytes");
+                Err(Error::new(ErrorKind::OutOfRange, message).at(self.leaf().path()))
+            }
         }
     }
 }
@@ -172,6 +177,7 @@ impl Parents<'_> {
     /// As [`Self::resolve`], in terms of extents: holes of the host's files are zero.
     fn extents(&self, range: Range<u64>, visit: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
         let mut pending: Option<Extent> = None;
+        let mut data_ranges = DataRanges::default();
         let mut push = |extent: Extent| {
             if pending.as_mut().is_some_and(|last| last.merge(&extent)) {
                 return Ok(());
@@ -183,7 +189,7 @@ impl Parents<'_> {
             match kind {
                 RunKind::Absent => push(simple(ExtentState::Absent)),
                 RunKind::Zero => push(simple(ExtentState::Zero)),
-                RunKind::Present(offset) => self.present_extents(run, depth, offset, &mut push),
+                RunKind::Present(offset) => self.present_extents(run, depth, offset, &mut data_ranges, &mut push),
             }
         })?;
         pending.map_or(Ok(()), visit)
@@ -194,16 +200,14 @@ impl Parents<'_> {
         run: Range<u64>,
         depth: usize,
         offset: u64,
+        data_ranges: &mut DataRanges,
         push: &mut dyn FnMut(Extent) -> Result<()>,
     ) -> Result<()> {
         let layer = &self.layers[depth];
         let mut at = run.start;
         while at < run.end {
             let file_at = offset + (at - run.start);
-            let data = layer.storage().next_data(file_at).map_err(|error| match layer {
-                Layer::Image(image) => image.read_error(error, file_at),
-                Layer::Raw(raw) => raw.error(error, "can't be searched for holes"),
-            })?;
+            let data = data_ranges.next(depth, layer, file_at)?;
             let to_disk = |file: u64| (run.start + file.saturating_sub(offset)).clamp(at, run.end);
             let data = data.map_or(run.end..run.end, |data| to_disk(data.start)..to_disk(data.end));
             if at < data.start {

@@ -101,7 +101,7 @@ fn open_leaf(path: &Path, options: &ChainOptions) -> Result<(Arc<FileStorage>, A
     if writable
         && !options.image.force
         && uuid != [0; 16]
-        && let Some(child) = find_child(path, uuid)
+        && let Some(child) = find_child(path, &storage, uuid)
     {
         let message = format!(
             "is the parent of {}: writing to it would destroy that image; use --force if it may be lost",

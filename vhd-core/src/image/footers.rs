@@ -71,10 +71,14 @@ impl Footers {
     /// The footer that counts: the trailing one where it is valid, else the copy where that belongs to a dynamic or
     /// differencing image. `tolerant` takes one with a wrong checksum if there is nothing better.
     ///
+    /// Where the trailing footer is damaged but still says that the disk is fixed, the copy is nothing: a guest writes to
+    /// the start of a fixed disk what it likes.
+    ///
     /// # Errors
     /// What is wrong with the trailing footer.
     pub fn authority(&self, tolerant: bool) -> Result<(Footer, Authority), FooterError> {
-        let sparse = |footer: &Footer| footer.disk_type() != DiskType::Fixed;
+        let was_fixed = self.is_damaged_fixed();
+        let sparse = |footer: &Footer| footer.disk_type() != DiskType::Fixed && !was_fixed;
         match (&self.trailing, &self.copy) {
             (Ok(footer), _) => Ok((footer.clone(), Authority::Trailing)),
             (Err(_), Ok(copy)) if sparse(copy) => Ok((copy.clone(), Authority::Copy)),
@@ -89,6 +93,23 @@ impl Footers {
             (Err(FooterError::Cookie(_)), Err(copy)) if !matches!(copy, FooterError::Cookie(_)) => Err(copy.clone()),
             (Err(error), _) => Err(error.clone()),
         }
+    }
+
+    /// The trailing footer as it was found; zeros where a short one ends early.
+    pub(super) fn trailing_bytes(&self) -> &[u8; FOOTER_LEN] {
+        &self.trailing_bytes
+    }
+
+    /// The copy as it was found.
+    pub(super) fn copy_bytes(&self) -> &[u8; FOOTER_LEN] {
+        &self.copy_bytes
+    }
+
+    /// True when the trailing footer, its checksum aside, is that of a fixed disk: type and data offset say so both.
+    fn is_damaged_fixed(&self) -> bool {
+        matches!(self.trailing, Err(FooterError::Checksum { .. }))
+            && self.trailing_bytes[20..24] == [0xFF; 4]
+            && Footer::parse_tolerant(&self.trailing_bytes).is_ok_and(|footer| footer.disk_type() == DiskType::Fixed)
     }
 
     /// True when tapdisk overwrote the trailing footer, which it does while it has an image open.

@@ -25,7 +25,7 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 pub use create::{CreateOptions, Created, NewKind, ParentLink, create, create_file};
@@ -38,7 +38,7 @@ use self::bat::{Bat, Entry};
 use self::bitmap::BitmapCache;
 use self::commit::Meta;
 use self::grace::Grace;
-use crate::error::{Error, ErrorKind, Result, fail};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Batmap, DiskType, DynamicHeader, Footer};
 use crate::layout::Layout;
 use crate::storage::Storage;
@@ -193,7 +193,8 @@ impl Image {
 
     fn check_range(&self, range: &Range<u64>) -> Result<()> {
         if range.start > range.end || range.end > self.size {
-            fail!(OutOfRange, "bytes {} to {} are not inside the disk of {} bytes", range.start, range.end, self.size);
+            let message = format!("bytes {} to {} are not inside the disk of {} bytes", range.start, range.end, self.size);
+            return Err(Error::new(ErrorKind::OutOfRange, message).at(&self.path));
         }
         Ok(())
     }

@@ -104,18 +104,24 @@ fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result
                 "a virtual machine's saved state relies on it, so it is not opened for writing; discard that state, or use --force"
             );
         }
+        if let Some(sparse) = &sparse {
+            check_metadata(sparse, &found)?;
+        }
         // What a killed process wrote is in the page cache only: what we read and build upon must not change
         // if the power fails.
         storage.sync().map_err(|error| Error::io(error, "can't be synced"))?;
         if let Some(sparse) = &sparse {
             let blocks = scan_blocks(&*storage, sparse, &found)?;
-            let free = free_ranges(sparse, &blocks, found.footers.trailing_at);
+            let free = free_ranges(sparse, &blocks, &found.footers);
             meta = Meta::new(u32::try_from(blocks.len()).unwrap_or(u32::MAX), free);
             let data_end = blocks.last().map_or(0, |&sector| sparse.layout.slot(sector).end);
-            let end = data_end.max(sparse.metadata_end());
+            let end = data_end.max(sparse.metadata_end(found.footers.file_len));
             file_len = mend(&*storage, sparse, &found, end)?;
-        } else if found.footers.trailing_is_short {
-            file_len = complete_short_footer(&*storage, &found.footers)?;
+        } else {
+            if found.footers.trailing_is_short {
+                file_len = complete_short_footer(&*storage, &found.footers)?;
+            }
+            mend_trailing(&*storage, &found)?;
         }
     }
     Ok(Image {
@@ -219,6 +225,9 @@ fn check_fixed(found: &mut Found, options: &OpenOptions) -> Result<()> {
         return Ok(());
     }
     let message = format!("fixed disk of {} bytes has only {room} before its footer; it was cut short", found.size);
+    if room < SECTOR {
+        fail!(Corrupt, "{message}");
+    }
     if !options.tolerant {
         fail!(Corrupt, "{message}; --tolerant reads what is there");
     }
@@ -311,13 +320,43 @@ fn read_batmap(storage: &dyn Storage, footer: &Footer, header: &DynamicHeader, f
 
 impl Sparse {
     /// First byte after all metadata, locators with the space that they reserve among them: no new block begins
-    /// before it.
-    fn metadata_end(&self) -> u64 {
+    /// before it. What is claimed beyond the end of the file holds nothing, however far it reaches.
+    fn metadata_end(&self, file_len: u64) -> u64 {
         let bat = Batmap::header_offset(self.header.bat_offset(), self.header.max_table_entries());
         let locators = self.header.locators().filter(super::super::format::LocatorEntry::is_used);
         let locators = locators.map(|locator| locator.data_offset.saturating_add(locator.reserved_len()));
-        self.metadata.iter().map(|range| range.end).chain(locators).chain([bat]).max().unwrap_or(bat)
+        self.metadata.iter().map(|range| range.end).chain(locators).chain([bat]).max().unwrap_or(bat).min(file_len)
     }
+}
+
+/// Refuses metadata that lies over other metadata: writing one would change the other.
+fn check_metadata(sparse: &Sparse, found: &Found) -> Result<()> {
+    let header_at = found.footer.header_offset().unwrap_or(0);
+    let bat = sparse.bat.offset();
+    let mut parts = vec![
+        ("footer copy", 0..SECTOR),
+        ("dynamic header", header_at..header_at + HEADER_LEN as u64),
+        ("BAT", bat..bat + u64::from(sparse.layout.blocks()) * BAT_ENTRY_LEN),
+    ];
+    if found.authority == Authority::Trailing {
+        parts.push(("trailing footer", found.footers.trailing_at..found.footers.file_len));
+    }
+    if let Some(batmap) = &sparse.batmap {
+        parts.push(("batmap", batmap.offset()..batmap.offset() + batmap.len()));
+    }
+    parts.sort_by_key(|(_, range)| range.start);
+    for pair in parts.windows(2) {
+        let [(a, first), (b, second)] = pair else { continue };
+        if first.end > second.start {
+            fail!(
+                Corrupt,
+                "{a} at {:#x} and {b} at {:#x} overlap, so it is not opened for writing; `vhd check` says more",
+                first.start,
+                second.start
+            );
+        }
+    }
+    Ok(())
 }
 
 /// First sectors of all blocks, ascending. Refuses what must not be written to: blocks that overlap each other, the
@@ -355,9 +394,10 @@ fn scan_blocks(storage: &dyn Storage, sparse: &Sparse, found: &Found) -> Result<
 }
 
 /// What lies between the blocks, after all metadata and before the trailing footer, where it holds a block.
-fn free_ranges(sparse: &Sparse, blocks: &[u32], footer_at: u64) -> Vec<Range<u64>> {
+fn free_ranges(sparse: &Sparse, blocks: &[u32], footers: &Footers) -> Vec<Range<u64>> {
     let mut free = Vec::new();
-    let mut end = sparse.metadata_end();
+    let mut end = sparse.metadata_end(footers.file_len);
+    let footer_at = footers.trailing_at;
     let footer = footer_at..footer_at;
     for slot in blocks.iter().map(|&sector| sparse.layout.slot(sector)).chain(std::iter::once(footer)) {
         if end + sparse.layout.slot_len() <= slot.start {
@@ -390,7 +430,7 @@ fn mend(storage: &dyn Storage, sparse: &Sparse, found: &Found, end: u64) -> Resu
         }
         changed = true;
     }
-    if footers.copy.as_ref() != Ok(&found.footer) {
+    if *footers.copy_bytes() != bytes {
         write(&bytes, 0)?;
         changed = true;
     }
@@ -400,7 +440,20 @@ fn mend(storage: &dyn Storage, sparse: &Sparse, found: &Found, end: u64) -> Resu
     if changed {
         storage.sync().map_err(|error| Error::io(error, "can't be synced"))?;
     }
+    mend_trailing(storage, found)?;
     Ok(file_len)
+}
+
+/// Rights the checksum of a trailing footer that counts: old tapdisks leave their hidden byte out of it, and others do
+/// not open the image then. Only that sector changes, and what it says does not.
+fn mend_trailing(storage: &dyn Storage, found: &Found) -> Result<()> {
+    let (footers, bytes) = (&found.footers, found.footer.to_bytes());
+    if found.authority == Authority::Copy || *footers.trailing_bytes() == bytes {
+        return Ok(());
+    }
+    let at = footers.trailing_at;
+    storage.write_at(&bytes, at).map_err(|error| Error::io(error, format!("can't be written at {at:#x}")))?;
+    storage.sync().map_err(|error| Error::io(error, "can't be synced"))
 }
 
 /// Clears tapdisk's batmap: whatever we write, it must not believe that a sector bitmap need not be read.

@@ -3,13 +3,13 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use nix::sys::uio::{preadv, pwritev};
 use nix::unistd::{Whence, lseek};
 
@@ -34,9 +34,9 @@ impl FileStorage {
     /// # Errors
     /// When it can't be opened, or is a folder, pipe or character device.
     pub fn open(path: &Path, writable: bool) -> Result<Self> {
-        let file =
-            OpenOptions::new().read(true).write(writable).open(path).map_err(|error| open_error(error, writable).at(path))?;
-        Self::from_file(file, path)
+        // A pipe that nobody writes to would be waited for, before it is known to be one.
+        let file = OpenOptions::new().read(true).write(writable).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
+        Self::from_file(file.map_err(|error| open_error(error, writable).at(path))?, path)
     }
 
     /// Takes a file that is open already. `path` is for messages and for finding parents.
@@ -105,7 +105,8 @@ fn open_error(error: io::Error, writable: bool) -> Error {
         Some(libc_code) if libc_code == Errno::EISDIR as i32 => {
             Error::new(ErrorKind::InvalidInput, "is a folder, expected a file")
         }
-        Some(libc_code) if writable && (libc_code == Errno::EACCES as i32 || libc_code == Errno::EROFS as i32) => {
+        // EPERM is what an immutable file gives.
+        Some(code) if writable && [Errno::EACCES, Errno::EROFS, Errno::EPERM].iter().any(|errno| *errno as i32 == code) => {
             Error::io(error, "can't be opened for writing").with_kind(ErrorKind::ReadOnly)
         }
         _ => Error::io(error, "can't be opened"),

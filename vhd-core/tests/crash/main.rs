@@ -14,6 +14,8 @@ mod scenario;
 mod threads;
 mod traps;
 
+use std::time::{Duration, Instant};
+
 use vhd_core::format::{Creator, Timestamp};
 use vhd_core::image::{CreateOptions, Image, NewKind, OpenOptions, ParentLink, create};
 use vhd_core::storage::MemoryStorage;
@@ -105,10 +107,18 @@ fn setups() -> Vec<Setup> {
     vec![used("used dynamic", &dynamic), used("used differencing", &differencing), dynamic, differencing, fixed]
 }
 
-fn seeds() -> std::ops::Range<u64> {
-    let number = |name: &str, default| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// Seeds of the random sessions: `VHD_CRASH_RUNS` of them from `VHD_CRASH_SEED` on, or as many as fit in
+/// `VHD_CRASH_MINUTES`.
+fn seeds() -> impl Iterator<Item = u64> {
     let first = number("VHD_CRASH_SEED", 1);
-    first..first + number("VHD_CRASH_RUNS", 6)
+    let minutes = number("VHD_CRASH_MINUTES", 0);
+    let runs = number("VHD_CRASH_RUNS", if minutes == 0 { 6 } else { u64::MAX - first });
+    let deadline = Instant::now() + Duration::from_secs(60 * minutes);
+    (first..first + runs).take_while(move |_| minutes == 0 || Instant::now() < deadline)
 }
 
 #[test]
@@ -121,26 +131,16 @@ fn flushed_data_survives_and_nothing_else_appears() {
             let run = run(setup, &script, &Journal::new(), 1);
             let effort = Effort { seed, ..Effort::default() };
             let depth = Depth { recover_every: 5, second_crash_every: 7 };
-            let counts = judge_run(setup, &run, effort, depth)
-                .unwrap_or_else(|error| panic!("{error}\n  replay: VHD_CRASH_SEED={seed} VHD_CRASH_RUNS=1; script {script:?}"));
+            let counts = judge_run(setup, &run, effort, depth).unwrap_or_else(|error| {
+                let replay = "cargo test -p vhd-core --test crash flushed_data";
+                panic!("{error}\n  replay: VHD_CRASH_SEED={seed} VHD_CRASH_RUNS=1 {replay}\n  script: {script:?}")
+            });
             total.states += counts.states;
             total.recovered += counts.recovered;
             total.second_states += counts.second_states;
         }
     }
     println!("crash states: {total:?}");
-}
-
-/// Scripts in which each barrier of each flush matters.
-fn telling_scripts() -> Vec<Vec<Step>> {
-    let write = |lba, count| Step::Write { lba, count };
-    let discard = |index: u64| Step::Discard { lba: index * BLOCK, count: BLOCK };
-    vec![
-        // New blocks, overwrites, partial blocks.
-        vec![write(0, 3), Step::Flush, write(1, 1), Step::Flush, write(40, 20), Step::Flush, write(3, 2), Step::Flush],
-        // Freed blocks, and others that take their space.
-        vec![write(0, BLOCK * 4), Step::Flush, discard(0), discard(2), Step::Flush, write(29, 60), Step::Flush],
-    ]
 }
 
 /// A test that can't fail shows nothing: each barrier that a flush makes is taken away once, and some state must give

@@ -11,7 +11,7 @@ use vhd_core::storage::MemoryStorage;
 use vhd_testkit::crash::{Effort, crash_states};
 use vhd_testkit::fault::{Fault, FaultStorage, Plan};
 use vhd_testkit::fixture::{Bits, BlockFill, Fill, FixtureSpec, Kind, Layout as FixtureLayout};
-use vhd_testkit::record::Journal;
+use vhd_testkit::record::{Journal, RecordingStorage};
 
 use crate::judge::{Depth, judge_run};
 use crate::scenario::{Setup, Step, open, read_all, run, sector, writable};
@@ -145,5 +145,27 @@ fn a_lost_bit_does_not_bring_its_data_back_when_a_neighbour_is_written() {
     let after = read_all(&disk).unwrap();
     for lba in [0, 1, 2, 4, 5, 6] {
         assert!(sector(&after, lba) == sector(&before, lba), "sector {lba} changed");
+    }
+}
+
+#[test]
+fn an_image_that_gets_an_identifier_has_the_old_or_the_new_one_at_every_moment() {
+    for name in ["used dynamic", "differencing", "fixed"] {
+        let setup = setup(name);
+        let old = Footer::parse(setup.image.last_chunk().unwrap()).unwrap().uuid();
+        let journal = Journal::new();
+        let storage = RecordingStorage::new(setup.image.clone(), 0, &journal);
+        vhd_core::image::Image::set_uuid_of(&storage, [9; 16]).unwrap();
+        let before = read_all(&open(Arc::new(MemoryStorage::new(setup.image.clone())), &setup, &writable()).unwrap()).unwrap();
+        let mut seen = std::collections::BTreeSet::new();
+        crash_states(std::slice::from_ref(&setup.image), &journal.events(), Effort::default(), &mut |state| {
+            let storage = Arc::new(MemoryStorage::new(state.files[0].clone()));
+            let opened = vhd_core::image::Image::open(Arc::clone(&storage) as _, "a.vhd".as_ref(), &OpenOptions::default());
+            seen.insert(opened.map_err(|error| error.to_string())?.footer().uuid());
+            let found = read_all(&open(storage, &setup, &writable()).map_err(|error| error.to_string())?).unwrap();
+            if found == before { Ok(()) } else { Err("its content changed".into()) }
+        })
+        .unwrap();
+        assert_eq!(seen, [old, [9; 16]].into(), "{name}");
     }
 }
