@@ -125,7 +125,8 @@ pub fn crash_states(
             state.files.hash(&mut hasher);
             if seen.insert(hasher.finish()) {
                 count += 1;
-                visit(&state).map_err(|error| format!("power cut after event {cut} of {} ({}): {error}", events.len(), state.how))?;
+                visit(&state)
+                    .map_err(|error| format!("power cut after event {cut} of {} ({}): {error}", events.len(), state.how))?;
             }
         }
     }

@@ -9,6 +9,7 @@
 //! - [`model`] is what a chain of disks should hold, in memory.
 //! - [`record`] and [`fault`] are storages that remember, and that fail.
 //! - [`crash`] makes every state that a power cut may leave, and [`history`] says what each may read.
+//! - [`fuzz`] is what the fuzz targets do with their bytes.
 //! - [`tools`] runs qemu-img, qemu-io and vhdimount.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot make its own input has nothing better to do than panic")]
@@ -16,6 +17,7 @@
 pub mod crash;
 pub mod fault;
 pub mod fixture;
+pub mod fuzz;
 pub mod history;
 pub mod model;
 pub mod record;

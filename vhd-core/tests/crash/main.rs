@@ -143,6 +143,18 @@ fn flushed_data_survives_and_nothing_else_appears() {
     println!("crash states: {total:?}");
 }
 
+/// Scripts in which each barrier of each flush matters.
+fn telling_scripts() -> Vec<Vec<Step>> {
+    let write = |lba, count| Step::Write { lba, count };
+    let discard = |index: u64| Step::Discard { lba: index * BLOCK, count: BLOCK };
+    vec![
+        // New blocks, overwrites, partial blocks.
+        vec![write(0, 3), Step::Flush, write(1, 1), Step::Flush, write(40, 20), Step::Flush, write(3, 2), Step::Flush],
+        // Freed blocks, and others that take their space.
+        vec![write(0, BLOCK * 4), Step::Flush, discard(0), discard(2), Step::Flush, write(29, 60), Step::Flush],
+    ]
+}
+
 /// A test that can't fail shows nothing: each barrier that a flush makes is taken away once, and some state must give
 /// it away. Opening and closing have barriers of their own, with tests of their own below.
 #[test]
