@@ -1,14 +1,15 @@
 //! `vhd map`
 
-use std::fmt::Write;
-use std::path::PathBuf;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
+use vhd_core::block::Extent;
 use vhd_core::{Disk, Error};
 
 use super::ChainArgs;
-use crate::output::{Answer, Context};
+use crate::output::{Answer, Context, output_error};
 
 /// Arguments of `vhd map`.
 #[derive(Debug, Args)]
@@ -21,37 +22,48 @@ pub struct MapArgs {
 
 /// One entry of the JSON of `vhd map`: a contract.
 #[derive(Serialize)]
-struct Entry {
+struct Entry<'a> {
     start: u64,
     length: u64,
     state: &'static str,
     depth: usize,
-    path: PathBuf,
+    path: &'a Path,
     offset: Option<u64>,
 }
 
 impl MapArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         let disk = Disk::open(&self.image, &self.open.options(false, false))?;
-        let entries: Vec<_> = disk
-            .extents_in(0..disk.size())?
-            .into_iter()
-            .map(|extent| Entry {
-                start: extent.range.start,
-                length: extent.range.end - extent.range.start,
-                state: extent.state.name(),
-                depth: extent.depth,
-                path: disk.layer_path(extent.depth).unwrap_or(&self.image).to_owned(),
-                offset: extent.offset,
-            })
-            .collect();
-        let mut text = format!("{:>16} {:>16} {:<7} {:>5} {:>16}  path\n", "start", "length", "state", "depth", "offset");
-        for entry in entries.iter().filter(|_| !context.json) {
-            let offset = entry.offset.map_or("-".into(), |offset| offset.to_string());
-            let Entry { start, length, state, depth, path, .. } = entry;
-            let _ = writeln!(text, "{start:>16} {length:>16} {state:<7} {depth:>5} {offset:>16}  {}", path.display());
-        }
-        context.print(&text, &entries)?;
+        let all = 0..disk.size();
+        // An image may have more extents than memory has room for, so none is kept; and an error must come before the
+        // first of them is printed.
+        disk.extents(all.clone(), &mut |_| Ok(()))?;
+        let mut out = BufWriter::with_capacity(64 << 10, io::stdout().lock());
+        let head = format!("{:>16} {:>16} {:<7} {:>5} {:>16}  path\n", "start", "length", "state", "depth", "offset");
+        out.write_all(if context.json { b"[" } else { head.as_bytes() }).map_err(output_error)?;
+        let mut first = true;
+        disk.extents(all, &mut |extent| {
+            let path = disk.layer_path(extent.depth).unwrap_or(&self.image);
+            let written = if context.json { json(&mut out, &extent, path, first) } else { line(&mut out, &extent, path) };
+            first = false;
+            written.map_err(output_error)
+        })?;
+        out.write_all(if context.json { b"\n]\n" } else { b"" }).and_then(|()| out.flush()).map_err(output_error)?;
         Ok(Answer::Yes)
     }
+}
+
+fn json(out: &mut impl Write, extent: &Extent, path: &Path, first: bool) -> io::Result<()> {
+    let Extent { range, state, depth, offset } = extent;
+    let (length, state) = (range.end - range.start, state.name());
+    let entry = Entry { start: range.start, length, state, depth: *depth, path, offset: *offset };
+    out.write_all(if first { b"\n  " } else { b",\n  " })?;
+    serde_json::to_writer(out, &entry).map_err(io::Error::from)
+}
+
+fn line(out: &mut impl Write, extent: &Extent, path: &Path) -> io::Result<()> {
+    let Extent { range, state, depth, offset } = extent;
+    let (start, length, state) = (range.start, range.end - range.start, state.name());
+    let offset = offset.map_or("-".into(), |offset| offset.to_string());
+    writeln!(out, "{start:>16} {length:>16} {state:<7} {depth:>5} {offset:>16}  {}", path.display())
 }

@@ -5,6 +5,7 @@ mod compare;
 mod completions;
 mod convert;
 mod create;
+mod diff;
 mod info;
 mod map;
 mod mount;
@@ -36,6 +37,8 @@ pub enum Command {
     Convert(convert::ConvertArgs),
     /// Say whether a guest would see the same in two disks
     Compare(compare::CompareArgs),
+    /// List the ranges that changed between two images of one chain
+    Diff(diff::DiffArgs),
     /// Write a range of the disk to stdout
     Read(read::ReadArgs),
     /// Write stdin to the disk; durable when it returns
@@ -58,6 +61,7 @@ impl Command {
             Self::Check(args) => args.run(context),
             Self::Convert(args) => args.run(context),
             Self::Compare(args) => args.run(context),
+            Self::Diff(args) => args.run(context),
             Self::Read(args) => args.run(),
             Self::Write(args) => args.run(context),
             Self::Mount(args) => args.run(context),

@@ -12,9 +12,10 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use vhd_core::block::ZeroMode;
-use vhd_core::chain::{ChainOptions, ChildOptions, create_child};
+use vhd_core::chain::{Chain, ChainOptions, ChildOptions, create_child};
 use vhd_core::format::{Creator, Timestamp};
 use vhd_core::image::{CreateOptions, NewKind, OpenOptions, create_file};
+use vhd_core::ops::diff::diff;
 use vhd_core::{Disk, ErrorKind};
 use vhd_testkit::model::ModelDisk;
 use vhd_testkit::reference::ReferenceChain;
@@ -161,6 +162,25 @@ impl Subject {
         assert_eq!(at, self.model.size());
     }
 
+    /// What `diff` says changed since each image of the chain was written since; nothing else is different.
+    fn check_diffs(&self) {
+        let chain = Chain::open(self.leaf(), &ChainOptions::default()).unwrap();
+        for (layer, path) in self.paths.iter().enumerate() {
+            let old = self.model.up_to(layer);
+            let changed = diff(&chain, path).unwrap();
+            assert!(changed.windows(2).all(|pair| pair[0].end < pair[1].start), "{changed:?}");
+            for lba in 0..self.model.size() / 512 {
+                let above = self.paths.len() - 1 - layer;
+                let written = lba * 512 >= old.size() || self.model.depth_of(lba).is_some_and(|depth| depth < above);
+                if changed.iter().any(|range| range.contains(&(lba * 512))) {
+                    assert!(written, "sector {lba} was not written since {}", path.display());
+                } else {
+                    assert!(self.model.sector(lba) == old.sector(lba), "sector {lba} changed since {}", path.display());
+                }
+            }
+        }
+    }
+
     /// The whole disk, here and through the test kit's reader, which reads the closed files.
     fn finish(&mut self) {
         self.compare(0..self.model.size());
@@ -169,6 +189,7 @@ impl Subject {
         self.compare(0..self.model.size());
         self.disk().close().unwrap();
         self.disk = None;
+        self.check_diffs();
         let leaf_first: Vec<_> = self.paths.iter().rev().collect();
         let reference = ReferenceChain::open_paths(&leaf_first).unwrap();
         assert_eq!(reference.size(), self.model.size());
