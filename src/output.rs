@@ -148,7 +148,12 @@ pub fn write_json(document: &impl serde::Serialize) -> Result<(), Error> {
 
 fn write_stdout(bytes: &[u8]) -> Result<(), Error> {
     let mut stdout = io::stdout().lock();
-    stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(|error| Error::io(error, "output can't be written"))
+    stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(output_error)
+}
+
+/// A failure of stdout.
+pub fn output_error(error: io::Error) -> Error {
+    Error::io(error, "output can't be written")
 }
 
 /// Says why a command could not be done. A reader that closed the pipe had enough: that is success.

@@ -254,7 +254,7 @@ fn open_sparse(storage: &dyn Storage, found: &mut Found, options: &OpenOptions) 
     if bat_end > file_len {
         fail!(Corrupt, "BAT ends at {bat_end:#x}, beyond the end of the file ({file_len:#x} bytes); it was cut short");
     }
-    let batmap = read_batmap(storage, &found.footer, &header, file_len)?;
+    let batmap = read_batmap(storage, &found.footer, &header, file_len, options.writable)?;
     let mut metadata = vec![0..FOOTER_LEN as u64, header_at..header_at + HEADER_LEN as u64, header.bat_offset()..bat_end];
     // A payload of which only the length is known: the space around it may be sectors or bytes.
     let payloads = header.locators().filter(|locator| locator.is_used() && locator.data_length > 0);
@@ -307,7 +307,13 @@ fn read_header(storage: &dyn Storage, at: u64, found: &mut Found, options: &Open
 
 /// tapdisk's batmap, where tapdisk made the image: elsewhere the sector after the BAT may be the bitmap of a block, and
 /// what it holds is up to the guest.
-fn read_batmap(storage: &dyn Storage, footer: &Footer, header: &DynamicHeader, file_len: u64) -> Result<Option<Batmap>> {
+fn read_batmap(
+    storage: &dyn Storage,
+    footer: &Footer,
+    header: &DynamicHeader,
+    file_len: u64,
+    writable: bool,
+) -> Result<Option<Batmap>> {
     let at = Batmap::header_offset(header.bat_offset(), header.max_table_entries());
     if footer.creator().app != *b"tap\0" || at.saturating_add(SECTOR) > file_len {
         return Ok(None);
@@ -315,7 +321,18 @@ fn read_batmap(storage: &dyn Storage, footer: &Footer, header: &DynamicHeader, f
     let mut sector = [0; 512];
     storage.read_at(&mut sector, at).map_err(|error| Error::io(error, format!("can't be read at {at:#x}")))?;
     let batmap = Batmap::parse(&sector);
-    Ok(batmap.filter(|batmap| batmap.offset() >= at + SECTOR && batmap.offset() + batmap.len() <= file_len))
+    let is_inside = |batmap: &Batmap| batmap.offset() >= at + SECTOR && batmap.offset() + batmap.len() <= file_len;
+    // It can't be cleared, and when the file grows blocks would come to lie over it.
+    if let Some(batmap) = batmap.as_ref().filter(|batmap| writable && !is_inside(batmap)) {
+        fail!(
+            Corrupt,
+            "batmap of {} bytes at {:#x} is not between BAT and end of the file ({file_len:#x} bytes), so it is not opened for \
+             writing; `vhd check` says more",
+            batmap.len(),
+            batmap.offset()
+        );
+    }
+    Ok(batmap.filter(is_inside))
 }
 
 impl Sparse {
@@ -329,8 +346,20 @@ impl Sparse {
     }
 }
 
-/// Refuses metadata that lies over other metadata: writing one would change the other.
+/// Refuses metadata that lies over other metadata, as writing one would change the other; and locators beyond the end of
+/// the file, as blocks would come to lie over them when it grows.
 fn check_metadata(sparse: &Sparse, found: &Found) -> Result<()> {
+    let file_len = found.footers.file_len;
+    for locator in sparse.header.locators().filter(|locator| locator.is_used() && locator.data_length > 0) {
+        let (at, len) = (locator.data_offset, u64::from(locator.data_length));
+        if at.checked_add(len).is_none_or(|end| end > file_len) {
+            fail!(
+                Corrupt,
+                "parent locator of {len} bytes at {at:#x} is beyond the end of the file ({file_len:#x} bytes), so it is not \
+                 opened for writing; `vhd check` says more"
+            );
+        }
+    }
     let header_at = found.footer.header_offset().unwrap_or(0);
     let bat = sparse.bat.offset();
     let mut parts = vec![
@@ -339,7 +368,7 @@ fn check_metadata(sparse: &Sparse, found: &Found) -> Result<()> {
         ("BAT", bat..bat + u64::from(sparse.layout.blocks()) * BAT_ENTRY_LEN),
     ];
     if found.authority == Authority::Trailing {
-        parts.push(("trailing footer", found.footers.trailing_at..found.footers.file_len));
+        parts.push(("trailing footer", found.footers.trailing_at..file_len));
     }
     if let Some(batmap) = &sparse.batmap {
         parts.push(("batmap", batmap.offset()..batmap.offset() + batmap.len()));
@@ -362,32 +391,40 @@ fn check_metadata(sparse: &Sparse, found: &Found) -> Result<()> {
 /// First sectors of all blocks, ascending. Refuses what must not be written to: blocks that overlap each other, the
 /// metadata or the footer, or lie outside the file.
 fn scan_blocks(storage: &dyn Storage, sparse: &Sparse, found: &Found) -> Result<Vec<u32>> {
-    let mut sectors = Vec::new();
-    sparse.bat.scan(storage, |_, sector| sectors.push(sector)).map_err(|error| Error::io(error, "BAT can't be read"))?;
-    sectors.sort_unstable();
     let end = match found.authority {
         Authority::Trailing => found.footers.trailing_at,
         Authority::Copy => found.footers.file_len,
     };
     let advice = "so it is not opened for writing; `vhd check` says more";
+    // More blocks than have room overlap, and need not all be kept to find out where: a hole in the file reads as a table
+    // of millions of entries.
+    let most = usize::try_from(end / sparse.layout.slot_len()).unwrap_or(usize::MAX);
+    let (mut sectors, mut wrong) = (Vec::new(), None);
+    let judge = |sector: u32| {
+        let slot = sparse.layout.slot(sector);
+        if slot.end > end {
+            let what = format!("ends at {:#x}, beyond the end of the data at {end:#x}", slot.end);
+            return Err(format!("block at sector {sector:#x} {what}, {advice}"));
+        }
+        if slot.start < sparse.metadata_max && sparse.metadata.iter().any(|part| slot.start < part.end && part.start < slot.end) {
+            return Err(format!("block at sector {sector:#x} overlaps the metadata, {advice}"));
+        }
+        Ok(())
+    };
+    let scanned = sparse.bat.scan(storage, |_, sector| {
+        if wrong.is_none() && sectors.len() <= most {
+            wrong = judge(sector).err();
+            sectors.push(sector);
+        }
+    });
+    scanned.map_err(|error| Error::io(error, "BAT can't be read"))?;
+    if let Some(message) = wrong {
+        fail!(Corrupt, "{message}");
+    }
+    sectors.sort_unstable();
     for pair in sectors.windows(2) {
         if sparse.layout.slot(pair[0]).end > sparse.layout.slot(pair[1]).start {
             fail!(Corrupt, "blocks at sectors {:#x} and {:#x} overlap, {advice}", pair[0], pair[1]);
-        }
-    }
-    if let Some(&last) = sectors.last()
-        && sparse.layout.slot(last).end > end
-    {
-        fail!(
-            Corrupt,
-            "block at sector {last:#x} ends at {:#x}, beyond the end of the data at {end:#x}, {advice}",
-            sparse.layout.slot(last).end
-        );
-    }
-    for &sector in sectors.iter().take_while(|&&sector| u64::from(sector) * SECTOR < sparse.metadata_max) {
-        let slot = sparse.layout.slot(sector);
-        if sparse.metadata.iter().any(|part| slot.start < part.end && part.start < slot.end) {
-            fail!(Corrupt, "block at sector {sector:#x} overlaps the metadata, {advice}");
         }
     }
     Ok(sectors)

@@ -1,0 +1,166 @@
+//! What is no image, or a broken one: one line, status 2, and nothing is changed or left behind.
+
+use std::fs;
+
+use crate::support::{done, expect, json, names_in, noise, refused, vhd, vhd_fed};
+
+#[test]
+fn what_is_no_image_is_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    fs::create_dir(dir.join("folder.vhd")).unwrap();
+    fs::write(dir.join("empty.vhd"), b"").unwrap();
+    fs::write(dir.join("short.vhd"), b"conectix").unwrap();
+    fs::write(dir.join("noise.vhd"), noise(1, 10_000)).unwrap();
+    done(dir, "create good.vhd --size 4M");
+    let before = names_in(dir);
+    for image in ["missing.vhd", "folder.vhd", "empty.vhd", "short.vhd", "noise.vhd"] {
+        for line in [
+            format!("info {image}"),
+            format!("map {image}"),
+            format!("read {image} --offset 0 --length 0"),
+            format!("write {image} --offset 0"),
+            format!("convert {image} out.raw"),
+            format!("convert {image} out.vhd"),
+            format!("compare good.vhd {image}"),
+            format!("create child.vhd --parent {image}"),
+            format!("mount {image} folder.vhd"),
+        ] {
+            let said = refused(dir, &line);
+            assert!(said.contains(image), "the file is named: {said}");
+        }
+    }
+    // Whether a VHD is damaged is a question with an answer; what is none has none.
+    for image in ["missing.vhd", "folder.vhd", "empty.vhd", "noise.vhd"] {
+        assert!(refused(dir, &format!("check {image}")).contains(image));
+    }
+    assert_eq!(json(dir, "check short.vhd", 1)["findings"][0]["code"], "no-valid-footer");
+    assert_eq!(names_in(dir), before);
+}
+
+#[test]
+fn names_are_shown_safely_and_may_be_odd() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    for name in ["with blank.vhd", "üñí.vhd", "-dash.vhd", "a,b.vhd", "quote'\".vhd"] {
+        let run = |arguments: &[&str]| crate::support::vhd_in(dir).args(arguments).output().unwrap();
+        expect(run(&["create", "--size", "4M", "--", name]), 0, name);
+        expect(run(&["create", "--parent", &format!("./{name}"), "--", &format!("child of {name}")]), 0, name);
+        let info = expect(run(&["info", "--json", "--chain", "--", &format!("child of {name}")]), 0, name);
+        let info: serde_json::Value = serde_json::from_slice(&info.stdout).unwrap();
+        assert_eq!(info[0]["parent"]["name"], name);
+    }
+}
+
+#[test]
+fn a_truncated_image_gives_no_half_made_output() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create whole.vhd --size 16M");
+    expect(vhd_fed(dir, "write whole.vhd --offset 0", &noise(5, 16 << 20)), 0, "write");
+    // Cut within a block in the middle: footer copy, header and BAT are whole.
+    let mut bytes = fs::read(dir.join("whole.vhd")).unwrap();
+    bytes.truncate(9 << 20);
+    fs::write(dir.join("cut.vhd"), &bytes).unwrap();
+    fs::write(dir.join("old.vhd"), b"this was here").unwrap();
+    fs::write(dir.join("old.raw"), b"this was here").unwrap();
+    let before = names_in(dir);
+    for line in [
+        "convert cut.vhd out.vhd",
+        "convert cut.vhd out.raw",
+        "convert cut.vhd out.vhd --to fixed",
+        "convert cut.vhd old.vhd --overwrite",
+        "compare cut.vhd whole.vhd --from-a vhd",
+    ] {
+        let said = refused(dir, line);
+        assert!(said.contains("cut.vhd") && said.contains("vhd check"), "says what to do: {said}");
+    }
+    let output = expect(vhd(dir, "convert cut.vhd -"), 2, "convert to stdout");
+    assert!(output.stdout.len() < 16 << 20);
+    assert_eq!(names_in(dir), before, "no half-made output, no temporary file");
+    assert_eq!(fs::read(dir.join("old.vhd")).unwrap(), b"this was here");
+    assert_eq!(fs::read(dir.join("cut.vhd")).unwrap(), bytes, "the input is as it was");
+    assert_eq!(json(dir, "check cut.vhd", 1)["ok"], false);
+}
+
+#[test]
+fn existing_files_are_not_replaced_unless_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create source.vhd --size 4M");
+    for name in ["here.vhd", "here.raw"] {
+        fs::write(dir.join(name), b"precious").unwrap();
+        let mut lines = vec![format!("convert source.vhd {name}")];
+        if name.ends_with("vhd") {
+            lines.push(format!("create {name} --size 4M"));
+            lines.push(format!("create {name} --parent source.vhd"));
+            lines.push(format!("convert source.vhd {name} --to fixed"));
+        }
+        for line in lines {
+            assert!(refused(dir, &line).contains("--overwrite"));
+            assert_eq!(fs::read(dir.join(name)).unwrap(), b"precious", "{line}");
+            done(dir, &format!("{line} --overwrite"));
+            done(dir, &format!("compare source.vhd {name}"));
+            fs::write(dir.join(name), b"precious").unwrap();
+        }
+    }
+    for line in [
+        "convert source.vhd source.vhd",
+        "convert source.vhd source.vhd --overwrite",
+        "convert source.vhd ./source.vhd --overwrite",
+    ] {
+        expect(vhd(dir, line), 2, line);
+        done(dir, "check source.vhd");
+    }
+}
+
+#[test]
+fn ranges_outside_the_disk_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create a.vhd --size 4M");
+    for range in [
+        "--offset 4M --length 1",
+        "--offset 0 --length 4194305",
+        "--offset 16T --length 1",
+        "--offset 1 --length 18446744073709551615",
+    ] {
+        assert_eq!(json(dir, &format!("read a.vhd {range}"), 2)["error"]["kind"], "out-of-range");
+    }
+    assert_eq!(done(dir, "read a.vhd --offset 4M --length 0"), "");
+    // What fits is written and kept, and the rest is an error.
+    let output = vhd_fed(dir, "write a.vhd --offset 4194300", b"12345678");
+    expect(output, 2, "write");
+    assert_eq!(done(dir, "read a.vhd --offset 4194300 --length 4"), "1234");
+    expect(vhd_fed(dir, "write a.vhd --offset 5M", b"x"), 2, "write");
+    expect(vhd_fed(dir, "write a.vhd --offset 5M", b""), 0, "nothing fits anywhere");
+}
+
+#[test]
+fn a_disk_in_use_is_locked() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create a.vhd --size 4M");
+    // A writer that waits for its input holds the image.
+    let mut command = crate::support::vhd_in(dir);
+    command.args(["write", "a.vhd", "--offset", "0"]).stdin(std::process::Stdio::piped());
+    let mut writer = command.spawn().unwrap();
+    let locked = |line: &str| {
+        let started = std::time::Instant::now();
+        loop {
+            let output = vhd(dir, &format!("{line} --json"));
+            if output.status.code() == Some(2) {
+                let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+                assert_eq!(document["error"]["kind"], "locked", "{line}");
+                return;
+            }
+            assert!(started.elapsed().as_secs() < 20, "{line} was never refused");
+        }
+    };
+    locked("map a.vhd");
+    locked("write a.vhd --offset 0");
+    locked("convert a.vhd out-of-the-way.raw --overwrite");
+    drop(writer.stdin.take());
+    assert!(writer.wait().unwrap().success());
+    done(dir, "map a.vhd");
+}

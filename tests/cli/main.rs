@@ -1,0 +1,13 @@
+//! The command line is a contract: names, options, JSON keys, exit statuses, what is left behind.
+//!
+//! Goal: a script that was written against it goes on to work. Method: the built command, run as a script runs it.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod bad_input;
+mod chains;
+mod convert;
+mod documents;
+mod endings;
+#[path = "../support/mod.rs"]
+mod support;
