@@ -58,10 +58,9 @@ fn functions_are_short() {
         for (first, line) in lines.iter().enumerate().filter(|(_, line)| begins_function(line)) {
             // Formatted code ends a function at the indent at which it began.
             let indent = &line[..line.len() - line.trim_start().len()];
-            let ends = |line: &&str| **line == *format!("{indent}}}") || line.starts_with(&format!("{indent}fn "));
+            let ends = |line: &&str| *line == format!("{indent}}}") || line.starts_with(&format!("{indent}fn "));
             let one_line = line.ends_with('}') || line.ends_with(';');
-            let length =
-                if one_line { 1 } else { lines[first + 1..].iter().position(|line| ends(&line)).map_or(0, |more| more + 2) };
+            let length = if one_line { 1 } else { lines[first + 1..].iter().position(ends).map_or(0, |more| more + 2) };
             if length > MAX_FUNCTION {
                 long.push(format!("{}:{}: a function of {length} lines, {MAX_FUNCTION} at most", path.display(), first + 1));
             }

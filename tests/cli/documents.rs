@@ -269,6 +269,29 @@ fn compare_answers_yes_or_no() {
 }
 
 #[test]
+fn diff_lists_what_changed() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create old.vhd --size 16M");
+    done(dir, "create middle.vhd --parent old.vhd");
+    done(dir, "create new.vhd --parent middle.vhd");
+    assert_eq!(json(dir, "diff old.vhd new.vhd", 0), Value::Array(Vec::new()));
+    expect(vhd_fed(dir, "write middle.vhd --force --offset 1M", &[1; 1024]), 0, "write");
+    expect(vhd_fed(dir, "write new.vhd --offset 9M", &[2; 512]), 0, "write");
+    let changed = json(dir, "diff old.vhd new.vhd", 1);
+    changed.as_array().unwrap().iter().for_each(|entry| assert_shape(entry, "start:int length:int"));
+    let covers = |changed: &Value, at: u64| {
+        let mut entries = changed.as_array().unwrap().iter();
+        entries.any(|entry| (0..entry["length"].as_u64().unwrap()).contains(&at.wrapping_sub(entry["start"].as_u64().unwrap())))
+    };
+    assert!(covers(&changed, 1 << 20) && covers(&changed, 9 << 20) && !covers(&changed, 5 << 20), "{changed}");
+    let changed = json(dir, "diff middle.vhd new.vhd", 1);
+    assert!(!covers(&changed, 1 << 20) && covers(&changed, 9 << 20), "{changed}");
+    done(dir, "create other.vhd --size 16M");
+    refused(dir, "diff other.vhd new.vhd");
+}
+
+#[test]
 fn json_is_one_document() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();

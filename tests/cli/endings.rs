@@ -23,7 +23,9 @@ fn help_and_version_succeed_and_nonsense_does_not() {
     }
     // Every command of the contract that is built, with one line that says what it does.
     let help = done(dir, "--help");
-    for command in ["create", "info", "map", "check", "convert", "compare", "read", "write", "mount", "unmount", "completions"] {
+    for command in
+        ["create", "info", "map", "check", "convert", "compare", "diff", "read", "write", "mount", "unmount", "completions"]
+    {
         assert!(help.lines().any(|line| line.trim_start().starts_with(command)), "{command} is not in the help");
         done(dir, &format!("{command} --help"));
     }

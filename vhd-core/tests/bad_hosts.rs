@@ -4,6 +4,8 @@
 //! small tmpfs that is filled up under an image, and one that is mounted read-only.
 //! It would fail if opening waited for ever, a failure were told as another, or an acknowledged write were lost.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails here")]
+
 mod support;
 
 use std::fs;
@@ -140,15 +142,25 @@ fn fill_up(disk: &Disk, model: &mut ModelDisk) -> u64 {
 
 #[test]
 fn a_full_host_disk_loses_nothing_and_writing_goes_on() {
-    for (kind, size) in [(NewKind::Dynamic, 16 * MIB), (NewKind::Fixed { preallocate: false }, 16 * MIB)] {
+    let size = 16 * MIB;
+    let make: [fn(&Path); 3] = [
+        |path| new_image(path, NewKind::Dynamic, 16 * MIB, BLOCK),
+        |path| new_image(path, NewKind::Fixed { preallocate: false }, 16 * MIB, BLOCK),
+        |path| {
+            let base = path.with_file_name("base.vhd");
+            new_image(&base, NewKind::Dynamic, 16 * MIB, BLOCK);
+            new_child(path, &base);
+        },
+    ];
+    for (n, make) in make.into_iter().enumerate() {
         let Some(host) = SmallDisk::new("4M") else { return };
         let path = host.path("image.vhd");
-        new_image(&path, kind.clone(), size, BLOCK);
+        make(&path);
         fs::write(host.path("other"), vec![1; 1 << 20]).unwrap();
         let mut model = ModelDisk::new(size);
         let disk = open(&path, true);
         let full_at = fill_up(&disk, &mut model);
-        assert!(full_at > MIB, "{full_at} bytes in {kind:?}");
+        assert!(full_at > MIB, "{full_at} bytes in image {n}");
         // What was taken is there, can be written over, and is made durable.
         assert!(read_all(&disk) == model.read(0..size));
         disk.write_at(&[0xB2; 4096], 8192).unwrap();

@@ -6,6 +6,8 @@
 //! and reopens. Parents, places and hosts that are bad have tests of their own (`bad_parents.rs`, `bad_hosts.rs`).
 //! It would fail on a panic, an endless loop, an error of the wrong kind, one that names no file, or a changed byte.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails here")]
+
 mod support;
 
 use std::fs;
@@ -208,6 +210,9 @@ fn footer_cases() -> Vec<Case> {
         cases.push(case(name, dynamic(), Unsupported, "disk type is", |bytes, placed| in_footers(bytes, placed, 63, &[code])));
         cases.push(case(name, fixed(), Unsupported, "disk type is", |bytes, placed| in_footers(bytes, placed, 63, &[code])));
     }
+    let (bytes, placed) = fixed().to_bytes();
+    let alone = bytes[placed.footer as usize..].to_vec();
+    cases.push(Case { name: "fixed, a footer alone", bytes: alone, kind: Corrupt, says: "has only 0 before its footer" });
     for (name, spec) in [("checksums", dynamic()), ("fixed checksum", fixed())] {
         let (mut bytes, placed) = spec.to_bytes();
         in_footers(&mut bytes, &placed, 24, &[0x5A; 4]);
@@ -334,7 +339,8 @@ fn wrong_bat_entries_are_refused_before_anything_is_written() {
 #[test]
 fn metadata_over_metadata_is_refused_before_anything_is_written() {
     let folder = tempfile::tempdir().unwrap();
-    let cases: [(&str, Layout, fn(&mut [u8], &Placed)); 6] = [
+    type Damage = fn(&mut [u8], &Placed);
+    let cases: [(&str, Layout, Damage); 6] = [
         ("BAT over the header", Layout::Classic, |bytes, placed| put_u64(bytes, placed.header as usize + 16, 0x200)),
         ("BAT over the header's end", Layout::Classic, |bytes, placed| put_u64(bytes, placed.header as usize + 16, 0x400)),
         ("BAT over the trailing footer", Layout::Classic, |bytes, placed| {

@@ -4,6 +4,8 @@
 //! of this process is measured around it. Nothing is said about time: benches do that.
 //! It would fail if a BAT were kept whole for each layer, an offset overflowed, or a file were not sparse.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails here")]
+
 mod support;
 
 use std::fs;

@@ -4,6 +4,8 @@
 //! that a running qemu-nbd has open are opened here. Each program is ended with its test.
 //! It would fail if either side opened what the other one holds, or refused what may be shared.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails here")]
+
 mod support;
 
 use std::path::{Path, PathBuf};

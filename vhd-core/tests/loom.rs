@@ -1,6 +1,8 @@
 //! Goal: space is given out again only when nobody uses it any more, in every interleaving of readers and the one who
 //! frees. Method: loom runs the module of the core with atomics of its own.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails here")]
+
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use loom::thread;

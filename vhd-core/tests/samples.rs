@@ -4,6 +4,8 @@
 //! it; where there are none, that is said loudly. What each file is stands in a table made from its manifest.
 //! It would fail if one of them did not open, were told wrong, or a write changed more than it should.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails here")]
+
 mod support;
 
 use std::fs;

@@ -1,5 +1,6 @@
 //! What the tests over real files share.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails here")]
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::collections::BTreeMap;

@@ -1,10 +1,13 @@
 //! What the fuzz targets do with their bytes: each takes any and must not panic, hang or ask for much memory.
 //!
-//! Beyond that each has an oracle: what was parsed survives the round trip; a failed open changes nothing; what opens
-//! reads as the [`reference`](mod@crate::reference) reads it; what was written is read back after a reopen, and nothing
-//! else changed; a parent is never taken from where none may be.
+//! Beyond that each has an oracle: what was parsed survives the round trip; a failed open changes nothing, and a check
+//! has findings then; what opens reads as the [`reference`](mod@crate::reference) reads it; what was written is read
+//! back after a reopen, and nothing else changed; a parent is never taken from where none may be.
 
-use std::io::{self, IoSlice, IoSliceMut};
+mod bounded;
+mod exercise;
+mod input;
+
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,161 +15,20 @@ use std::sync::Arc;
 use vhd_core::block::ZeroMode;
 use vhd_core::chain::{Chain, ChainOptions, Layer};
 use vhd_core::format::{Batmap, DynamicHeader, Footer, PlatformCode, SECTOR};
-use vhd_core::image::{Image, OpenOptions, SizePolicy};
-use vhd_core::ops::check::{CheckOptions, check};
-use vhd_core::storage::{MemoryStorage, Storage};
-use vhd_core::{Disk, Error, ErrorKind};
+use vhd_core::image::{Image, OpenOptions};
+use vhd_core::{Disk, ErrorKind};
 
+pub use bounded::Bounded;
+pub use exercise::{assert_well_formed, exercise};
+pub use input::Input;
+
+use self::bounded::LIMIT;
 use crate::fixture::{
     Bits, BlockFill, Fill, FixtureSpec, Kind, Layout, Locator, Parent, Placed, Trailing, put_u32, put_u64, refresh_checksums,
 };
 use crate::model::ModelDisk;
-use crate::reference::ReferenceChain;
 
-/// A file of the tests does not grow beyond this: more is no room.
-const LIMIT: u64 = 8 << 20;
-/// Runs of one image that are looked at.
-const MAX_RUNS: usize = 4096;
-/// Bytes of a disk whose content is compared before and after a change.
-const WATCHED: u64 = 512 << 10;
 const NAME: &str = "fuzzed.vhd";
-
-/// A file in memory that has no room beyond a limit, so that no offset in an image makes a test use much memory.
-#[derive(Debug)]
-pub struct Bounded {
-    file: MemoryStorage,
-    limit: u64,
-}
-
-impl Bounded {
-    /// A file with this content that may become 8 MiB long.
-    #[must_use]
-    pub fn new(bytes: Vec<u8>) -> Self {
-        Self { limit: LIMIT.max(bytes.len() as u64), file: MemoryStorage::new(bytes) }
-    }
-
-    /// A copy of the content.
-    #[must_use]
-    pub fn to_vec(&self) -> Vec<u8> {
-        self.file.to_vec()
-    }
-
-    fn room(&self, end: Option<u64>) -> io::Result<()> {
-        match end {
-            Some(end) if end <= self.limit => Ok(()),
-            _ => Err(io::ErrorKind::StorageFull.into()),
-        }
-    }
-}
-
-impl Storage for Bounded {
-    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<()> {
-        self.file.read_vectored_at(bufs, offset)
-    }
-
-    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
-        self.room(offset.checked_add(bufs.iter().map(|buf| buf.len() as u64).sum()))?;
-        self.file.write_vectored_at(bufs, offset)
-    }
-
-    fn len(&self) -> io::Result<u64> {
-        self.file.len()
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.room(Some(len))?;
-        self.file.set_len(len)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
-        self.file.punch_hole(range)
-    }
-
-    fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
-        self.file.zero_range(range)
-    }
-
-    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
-        self.room(Some(range.end))
-    }
-
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        self.file.next_data(offset)
-    }
-
-    fn can_grow(&self) -> bool {
-        true
-    }
-
-    fn allocated(&self) -> io::Result<u64> {
-        self.file.len()
-    }
-}
-
-/// Numbers and slices from a fuzzer's bytes; zeros when they have ended.
-#[derive(Clone, Debug)]
-pub struct Input<'a>(pub &'a [u8]);
-
-impl<'a> Input<'a> {
-    /// True when all bytes were taken.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// The next `len` bytes, or what is left.
-    pub fn take(&mut self, len: usize) -> &'a [u8] {
-        let (head, tail) = self.0.split_at(len.min(self.0.len()));
-        self.0 = tail;
-        head
-    }
-
-    /// A number of so many bytes, at most eight.
-    pub fn number(&mut self, bytes: usize) -> u64 {
-        self.take(bytes).iter().fold(0, |number, &byte| number << 8 | u64::from(byte))
-    }
-
-    /// One byte.
-    pub fn byte(&mut self) -> u8 {
-        self.take(1).first().copied().unwrap_or(0)
-    }
-
-    /// A number that is likely to matter: near a limit, near `usual`, or any.
-    pub fn odd_number(&mut self, usual: u64) -> u64 {
-        let near = i64::from(self.byte().cast_signed() % 3);
-        let base = match self.byte() % 12 {
-            0 => 0,
-            1 => usual,
-            2 => u64::from(u32::MAX),
-            3 => u64::MAX,
-            4 => i64::MAX as u64,
-            5 => 1 << (self.byte() % 64),
-            6 => usual.wrapping_add(SECTOR),
-            7 => usual.wrapping_sub(SECTOR),
-            8 => usual ^ 1 << (self.byte() % 64),
-            9 => self.number(2),
-            10 => self.number(4),
-            _ => self.number(8),
-        };
-        base.wrapping_add_signed(near)
-    }
-}
-
-/// Fails unless an error names its file and is one line.
-///
-/// # Panics
-/// When it is not as it should be.
-pub fn assert_well_formed(error: &Error, path: &Path) {
-    let text = error.to_string();
-    assert!(!text.chars().any(char::is_control), "more than one line, or control characters: {text:?}");
-    assert!(error.path().is_some(), "names no file: {text}");
-    assert!(text.starts_with(&path.display().to_string()), "names another file: {text}");
-    assert!(text.len() > path.as_os_str().len() + 10 && text.len() < 1000, "says nothing, or too much: {text}");
-}
 
 /// Target `footer_roundtrip`: structures of the format.
 ///
@@ -218,147 +80,6 @@ pub fn footer_roundtrip(data: &[u8]) {
 /// When the image does not behave; see [`exercise`].
 pub fn open_image(data: &[u8]) {
     exercise(&data[..data.len().min(1 << 20)]);
-}
-
-/// Opens a file in every way, looks at what opens, and changes it.
-///
-/// # Panics
-/// When an error is none that can be shown, a failed open or a reader changed the file, what is read is not what the
-/// reference reads, or a write changed something else.
-pub fn exercise(bytes: &[u8]) {
-    let reference = ReferenceChain::open(vec![Box::new(bytes.to_vec())]).ok();
-    for (tolerant, size) in [(false, SizePolicy::Current), (true, SizePolicy::Current), (false, SizePolicy::Geometry)] {
-        let options = OpenOptions { tolerant, size, ..OpenOptions::default() };
-        let storage = Arc::new(Bounded::new(bytes.to_vec()));
-        match Image::open(Arc::clone(&storage) as _, Path::new(NAME), &options) {
-            Ok(image) => {
-                let reference = reference.as_ref().filter(|_| !tolerant && size == SizePolicy::Current);
-                look(&image, reference);
-                let written = Disk::new(Chain::of(Layer::Image(image))).write_at(&[1], 0);
-                assert_eq!(written.map_err(|error| error.kind()), Err(ErrorKind::ReadOnly));
-            }
-            Err(error) => assert_well_formed(&error, Path::new(NAME)),
-        }
-        assert!(storage.to_vec() == bytes, "a reader changed the file");
-    }
-    for deep in [false, true] {
-        let storage = MemoryStorage::new(bytes.to_vec());
-        match check(&storage, Path::new(NAME), &CheckOptions { deep, ..CheckOptions::default() }) {
-            Ok(report) => {
-                let lines = report.findings.iter().map(|finding| format!("{}: {}", finding.place, finding.message));
-                lines.for_each(|line| assert!(!line.chars().any(char::is_control), "not fit for a terminal: {line:?}"));
-            }
-            Err(error) => assert_well_formed(&error, Path::new(NAME)),
-        }
-    }
-    change(bytes);
-}
-
-/// Maps an image and reads a part of it.
-fn look(image: &Arc<Image>, reference: Option<&ReferenceChain>) {
-    let _ = (image.count_allocated(), image.warnings());
-    let size = image.size();
-    let (mut at, mut starts) = (0, Vec::new());
-    let mapped = image.map(0..size, &mut |run| {
-        assert!(run.range.start == at && run.range.end > at, "runs are not in order");
-        at = run.range.end;
-        starts.push(run.range.start);
-        if starts.len() < MAX_RUNS { Ok(()) } else { Err(Error::new(ErrorKind::Cancelled, "enough")) }
-    });
-    match mapped {
-        Ok(()) => assert_eq!(at, size, "the map ends early"),
-        Err(error) if error.kind() == ErrorKind::Cancelled => {}
-        Err(error) => assert_well_formed(&error, Path::new(NAME)),
-    }
-    let disk = Disk::new(Chain::of(Layer::Image(Arc::clone(image))));
-    let _ = disk.extents_in(0..size.min(1 << 20));
-    starts.truncate(16);
-    starts.extend([size - SECTOR, size / 2, size.saturating_sub(4096), 1]);
-    for start in starts {
-        read_both(&disk, start..(start + 4096).min(size), reference);
-    }
-    assert_eq!(disk.read_at(&mut [0; 2], size - 1).unwrap_err().kind(), ErrorKind::OutOfRange);
-}
-
-/// Reads a range here and by the reference, where both can.
-fn read_both(disk: &Disk, range: Range<u64>, reference: Option<&ReferenceChain>) {
-    let mut bytes = vec![0xEE; (range.end - range.start) as usize];
-    match disk.read_at(&mut bytes, range.start) {
-        Ok(()) => {
-            // A differencing image is read without its parents here, and the reference does not do that.
-            if let Some(Ok(wanted)) = reference.map(|chain| chain.read(range.clone())) {
-                crate::tagged::compare(&bytes, &wanted, range.start).unwrap();
-            }
-        }
-        Err(error) => assert_well_formed(&error, Path::new(NAME)),
-    }
-}
-
-fn open_writable(storage: &Arc<Bounded>) -> vhd_core::Result<Disk> {
-    let options = OpenOptions { writable: true, background_flush: None, ..OpenOptions::default() };
-    let image = Image::open(Arc::clone(storage) as _, Path::new(NAME), &options)?;
-    Ok(Disk::new(Chain::of(Layer::Image(image))))
-}
-
-/// The sectors that are watched for changes: the first ones, and the last. `None` for what can't be read.
-fn watched(disk: &Disk) -> Vec<(u64, Option<Vec<u8>>)> {
-    let size = disk.size();
-    let head = 0..size.min(WATCHED);
-    let tail = size.saturating_sub(8 * SECTOR).max(head.end)..size;
-    let starts = head.step_by(SECTOR as usize).chain(tail.step_by(SECTOR as usize));
-    let read = |at| {
-        let mut sector = vec![0; SECTOR as usize];
-        (at, disk.read_at(&mut sector, at).is_ok().then_some(sector))
-    };
-    starts.map(read).collect()
-}
-
-/// Opens a file for writing, writes and zeros a few sectors, and reads them back after a reopen.
-fn change(bytes: &[u8]) {
-    let storage = Arc::new(Bounded::new(bytes.to_vec()));
-    let look = Image::open(Arc::clone(&storage) as _, Path::new(NAME), &OpenOptions::default());
-    let before = look.ok().map(|image| watched(&Disk::new(Chain::of(Layer::Image(image)))));
-    let disk = match open_writable(&storage) {
-        Ok(disk) => disk,
-        Err(error) => {
-            assert_well_formed(&error, Path::new(NAME));
-            if error.kind() != ErrorKind::NoSpace {
-                assert!(storage.to_vec() == bytes, "a failed open changed the file: {error}");
-            }
-            return;
-        }
-    };
-    let mut expected = before.expect("what opens for writing opens for reading");
-    assert!(watched(&disk) == expected, "opening for writing changed the content");
-    let count = expected.len();
-    for (n, index) in [0, count / 3, count / 2, count - 1].into_iter().enumerate() {
-        let (at, content) = &mut expected[index];
-        let new = [0xA5 ^ n as u8; SECTOR as usize];
-        let done = if n == 2 { disk.zero(*at..*at + SECTOR, ZeroMode::Keep) } else { disk.write_at(&new, *at) };
-        match done {
-            Ok(()) => *content = Some(if n == 2 { vec![0; SECTOR as usize] } else { new.to_vec() }),
-            Err(error) => assert_no_space(&error),
-        }
-    }
-    let closed = disk.flush().and_then(|()| disk.close());
-    drop(disk);
-    if let Err(error) = closed {
-        return assert_no_space(&error);
-    }
-    let again = open_writable(&storage).expect("an image that was closed opens again");
-    for ((at, found), (_, wanted)) in watched(&again).iter().zip(&expected) {
-        if let (Some(found), Some(wanted)) = (found, wanted) {
-            crate::tagged::compare(found, wanted, *at).unwrap();
-        } else {
-            assert_eq!(found.is_some(), wanted.is_some(), "sector at {at} can be read no more");
-        }
-    }
-}
-
-/// What opened for writing can be written, as far as there is room.
-fn assert_no_space(error: &Error) {
-    assert_well_formed(error, Path::new(NAME));
-    assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
 }
 
 /// A valid image to damage, a small one of any kind and layout.
