@@ -1,6 +1,7 @@
 //! `vhd`: opens, serves, repairs and runs virtual hard disks on Linux.
 
 mod cmd;
+mod input;
 mod output;
 mod sizes;
 

@@ -19,6 +19,7 @@ use vhd_core::{Disk, Error, ErrorKind, Progress};
 use super::ChainArgs;
 use super::compare::{SourceFormat, open_source};
 use super::create::parse_block_size;
+use crate::input::Input;
 use crate::output::{Answer, Context};
 use crate::sizes;
 
@@ -156,7 +157,7 @@ impl ConvertArgs {
                 copy(source, target, target_is_zero, progress)?;
                 source.size()
             }
-            None => read_from(&mut io::stdin().lock(), target, 0, target_is_zero, progress)?,
+            None => read_from(&mut Input::new(progress)?, target, 0, target_is_zero, progress)?,
         };
         if !target_is_zero && filled < size {
             target.zero(filled..size, ZeroMode::Free)?;
@@ -177,7 +178,7 @@ impl ConvertArgs {
         }
         replace_file(&self.target, false, |storage| {
             let Some(size) = size else {
-                let came = read_to_file(&mut io::stdin().lock(), &**storage, progress)?;
+                let came = read_to_file(&mut Input::new(progress)?, &**storage, progress)?;
                 if came % 512 != 0 {
                     context.note(&format!("{}: {came} bytes are no whole number of sectors", self.target.display()));
                 }
@@ -203,7 +204,7 @@ impl ConvertArgs {
             }
             None if !is_device => {
                 storage.set_len(0).map_err(|error| Error::io(error, "can't be emptied").at(&self.target))?;
-                read_to_file(&mut io::stdin().lock(), &*storage, progress)?;
+                read_to_file(&mut Input::new(progress)?, &*storage, progress)?;
                 return storage.sync().map_err(|error| Error::io(error, "can't be synced").at(&self.target));
             }
             _ => {}

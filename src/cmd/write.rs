@@ -7,6 +7,7 @@ use vhd_core::ops::copy::read_from;
 use vhd_core::{Disk, Error};
 
 use super::ChainArgs;
+use crate::input::Input;
 use crate::output::{Answer, Context};
 use crate::sizes;
 
@@ -28,8 +29,8 @@ pub struct WriteArgs {
 impl WriteArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         let disk = Disk::open(&self.image, &self.open.options(true, self.force))?;
-        let written = context
-            .with_progress("write", |progress| read_from(&mut std::io::stdin().lock(), &disk, self.offset, false, progress));
+        let written =
+            context.with_progress("write", |progress| read_from(&mut Input::new(progress)?, &disk, self.offset, false, progress));
         // What was written before a failure is made durable too: it is in the image.
         disk.close()?;
         let length = written.map_err(|error| error.at(&self.image))?;

@@ -9,6 +9,7 @@
 //! - [`model`] is what a chain of disks should hold, in memory.
 //! - [`record`] and [`fault`] are storages that remember, and that fail.
 //! - [`crash`] makes every state that a power cut may leave, and [`history`] says what each may read.
+//! - [`session`] is what a client does while it is recorded, and [`judge`] what must hold of each state after a cut.
 //! - [`fuzz`] is what the fuzz targets do with their bytes.
 //! - [`tools`] runs qemu-img, qemu-io and vhdimount.
 
@@ -19,8 +20,10 @@ pub mod fault;
 pub mod fixture;
 pub mod fuzz;
 pub mod history;
+pub mod judge;
 pub mod model;
 pub mod record;
 pub mod reference;
+pub mod session;
 pub mod tagged;
 pub mod tools;

@@ -136,10 +136,27 @@ impl Layout {
     }
 }
 
-/// Bytes of a file that holds everything up to `end` and a footer in its last sector, a multiple of 4 KiB.
-#[must_use]
-pub fn file_len_for(end: u64) -> u64 {
-    (end + SECTOR).next_multiple_of(DATA_ALIGNMENT)
+/// Where the trailing footer of a dynamic or differencing image goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FooterPlace {
+    /// In the last sector of a file whose length is a multiple of 4 KiB, as Windows 8 and later do.
+    #[default]
+    PageEnd,
+    /// Right behind the last block, as Virtual PC, QEMU and VirtualBox do. QEMU puts its next block behind the last one
+    /// without looking, and where a footer further on lies inside that block, its bytes show.
+    BehindData,
+}
+
+impl FooterPlace {
+    /// Bytes of a file that holds everything up to `end`, and the footer.
+    #[must_use]
+    pub fn file_len(self, end: u64) -> u64 {
+        let alignment = match self {
+            Self::PageEnd => DATA_ALIGNMENT,
+            Self::BehindData => SECTOR,
+        };
+        (end + SECTOR).next_multiple_of(alignment)
+    }
 }
 
 #[cfg(test)]

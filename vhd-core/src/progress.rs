@@ -24,7 +24,7 @@ impl Progress {
     /// `Cancelled`, when someone asked for it.
     pub fn advance(&self, bytes: u64) -> Result<()> {
         self.done.fetch_add(bytes, Ordering::Relaxed);
-        if self.cancelled.load(Ordering::Relaxed) {
+        if self.is_cancelled() {
             return Err(Error::new(ErrorKind::Cancelled, "interrupted"));
         }
         Ok(())
@@ -40,6 +40,12 @@ impl Progress {
     #[must_use]
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)
+    }
+
+    /// True once someone asked the operation to stop.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
     }
 
     /// Asks the operation to stop where it can.

@@ -16,13 +16,14 @@ use vhd_testkit::fuzz;
 /// A target: its name, and what it does.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 6] = [
+const TARGETS: [Target; 7] = [
     ("footer_roundtrip", fuzz::footer_roundtrip),
     ("open_image", fuzz::open_image),
     ("mutate_image", fuzz::mutate_image),
     ("bat_edits", fuzz::bat_edits),
     ("disk_ops", fuzz::disk_ops),
     ("chain_resolve", fuzz::chain_resolve),
+    ("crash_ops", fuzz::crash_ops),
 ];
 
 fn replay((name, target): Target) {
@@ -83,4 +84,9 @@ fn every_target_is_replayed() {
     binaries.sort();
     replayed.sort();
     assert_eq!(binaries, replayed);
+}
+
+#[test]
+fn crash_ops_holds_on_its_corpus() {
+    replay(TARGETS[6]);
 }

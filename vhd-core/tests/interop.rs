@@ -72,9 +72,10 @@ fn images_of_qemu_are_read_and_written() {
             assert!(error.contains("does not support checks"), "{error}");
             String::new()
         });
-        // And on: QEMU writes to a block of ours. (Not to a new one: it would put that over our footer, and forget to
-        // zero what stood there.)
-        io.run(&path, &["write -P 0xdd 7168k 4096"]).unwrap();
+        // And on: QEMU writes to a block of ours, and to a new one. It puts that behind the last block without zeroing what
+        // stands there: our footer stands where its own did, so that only the new block's bitmap meets it.
+        io.run(&path, &["write -P 0xdd 7168k 4096", "write -P 0xee 512k 512"]).unwrap();
+        model.write(MIB / 2, &[0xEE; 512]);
         model.write(7 * MIB, &[0xDD; 4096]);
         compare(&read_all(&open(&path, false)), &content(&model), 0).unwrap();
     }

@@ -5,6 +5,7 @@
 //! back after a reopen, and nothing else changed; a parent is never taken from where none may be.
 
 mod bounded;
+mod crash;
 mod exercise;
 mod input;
 
@@ -19,6 +20,7 @@ use vhd_core::image::{Image, OpenOptions};
 use vhd_core::{Disk, ErrorKind};
 
 pub use bounded::Bounded;
+pub use crash::crash_ops;
 pub use exercise::{assert_well_formed, exercise};
 pub use input::Input;
 

@@ -17,7 +17,7 @@ use super::space::{Slot, Space};
 use super::{Image, Sparse};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BAT_ENTRY_LEN, SECTOR};
-use crate::layout::{DATA_ALIGNMENT, Layout, file_len_for};
+use crate::layout::{DATA_ALIGNMENT, FooterPlace, Layout};
 
 /// A file grows by at least this much, so that small images need few barriers.
 const MIN_GROWTH: u64 = 16 << 20;
@@ -48,11 +48,13 @@ pub(super) struct Meta {
     grown: bool,
     /// Blocks that are allocated.
     allocated: u32,
+    /// Where the trailing footer goes.
+    footer_place: FooterPlace,
 }
 
 impl Meta {
-    pub(super) fn new(allocated: u32, free: impl IntoIterator<Item = Range<u64>>) -> Self {
-        let mut meta = Self { allocated, ..Self::default() };
+    pub(super) fn new(allocated: u32, free: impl IntoIterator<Item = Range<u64>>, footer_place: FooterPlace) -> Self {
+        let mut meta = Self { allocated, footer_place, ..Self::default() };
         for range in free {
             meta.space.recycle(range);
         }
@@ -285,7 +287,7 @@ impl Image {
             return full("BAT entries reach 2 TiB into the file");
         }
         let end = start + (count - 1) * stride + layout.slot_len();
-        let new_len = file_len_for(end);
+        let new_len = meta.footer_place.file_len(end);
         let footer_at = new_len - SECTOR;
         self.storage.set_len(new_len).map_err(|error| self.write_error(error, || format!("can't grow to {new_len} bytes")))?;
         if let Err(error) = self.storage.write_at(&self.footer.to_bytes(), footer_at) {
@@ -328,7 +330,7 @@ impl Image {
         }
         let old_len = self.file_len.load(Ordering::Relaxed);
         let tail = meta.space.tail_start(old_len - SECTOR);
-        let new_len = file_len_for(tail);
+        let new_len = meta.footer_place.file_len(tail);
         if new_len >= old_len {
             return Ok(());
         }

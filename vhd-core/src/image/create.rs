@@ -8,7 +8,7 @@ use crate::format::{
     BAT_ENTRY_LEN, Creator, DiskType, DynamicHeader, FOOTER_LEN, Footer, HEADER_LEN, LocatorEntry, MAX_BLOCK_SIZE,
     MAX_CREATE_SIZE, MIN_BLOCK_SIZE, NewFooter, NewHeader, PlatformCode, SECTOR, Timestamp, WINDOWS_MIN_SIZE, encode_locator,
 };
-use crate::layout::{Layout, file_len_for};
+use crate::layout::{FooterPlace, Layout};
 use crate::storage::Storage;
 
 /// Where the first parent locator's payload goes, and the unit of room for each: Windows does the same.
@@ -156,7 +156,7 @@ fn create_sparse(storage: &dyn Storage, options: &CreateOptions, size: u64, pare
         header.set_locators(&locators.iter().map(|(entry, _)| entry.clone()).collect::<Vec<_>>());
     }
     let footer = footer(options, size).to_bytes();
-    let footer_at = reserve(storage, file_len_for(bat_offset + bat_len))?;
+    let footer_at = reserve(storage, FooterPlace::PageEnd.file_len(bat_offset + bat_len))?;
     write(storage, &footer, 0)?;
     write(storage, &header.to_bytes(), header_at)?;
     for (entry, payload) in &locators {

@@ -1,7 +1,7 @@
 //! One VHD file: fixed, dynamic or differencing.
 //!
 //! What is where:
-//! `open` reads and mends footers and headers; `bat`, `bitmap` and `space` hold what is known of the blocks;
+//! `open` reads footers and headers, `prepare` mends them for writing; `bat`, `bitmap` and `space` hold what is known of the blocks;
 //! `read`, `write` and `zero` serve requests; `commit` makes them durable in the order that
 //! `docs/crash-consistency.md` gives. Only `write` and `zero` change BAT entries in memory, only `commit` in the file.
 //!
@@ -16,6 +16,7 @@ mod create;
 mod footers;
 mod grace;
 mod open;
+mod prepare;
 mod read;
 mod space;
 mod write;

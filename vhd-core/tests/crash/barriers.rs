@@ -8,8 +8,8 @@ use vhd_core::block::ZeroMode;
 use vhd_core::image::OpenOptions;
 use vhd_testkit::record::{Journal, RecordingStorage};
 
-use crate::scenario::{Setup, open, writable};
-use crate::setups;
+use vhd_testkit::session::setups;
+use vhd_testkit::session::{Setup, open, writable};
 
 struct Counted {
     disk: Disk,

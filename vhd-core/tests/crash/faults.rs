@@ -15,8 +15,8 @@ use vhd_testkit::fault::{Fault, FaultStorage, Plan};
 use vhd_testkit::history::History;
 use vhd_testkit::tagged::Tag;
 
-use crate::scenario::{SECTOR, Setup, open, read_all, sector, writable};
-use crate::setups;
+use vhd_testkit::session::setups;
+use vhd_testkit::session::{SECTOR, Setup, open, read_all, sector, writable};
 
 /// Calls of the client, in order: each of writes, flushes and discards at least once where it allocates, fills and frees.
 const CALLS: [Call; 9] = [

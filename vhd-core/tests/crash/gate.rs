@@ -9,8 +9,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use vhd_core::block::ZeroMode;
 use vhd_core::storage::{MemoryStorage, Storage};
 
-use crate::scenario::{open, writable};
-use crate::{BLOCK, setups};
+use vhd_testkit::session::{BLOCK, setups};
+use vhd_testkit::session::{open, writable};
 
 #[derive(Debug, Default, PartialEq, Eq)]
 enum State {

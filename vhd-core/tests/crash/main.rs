@@ -9,103 +9,16 @@
 mod barriers;
 mod faults;
 mod gate;
-mod judge;
-mod scenario;
 mod threads;
 mod traps;
 
 use std::time::{Duration, Instant};
 
-use vhd_core::format::{Creator, Timestamp};
-use vhd_core::image::{CreateOptions, Image, NewKind, OpenOptions, ParentLink, create};
-use vhd_core::storage::MemoryStorage;
 use vhd_testkit::crash::{CrashState, Effort, crash_states};
+use vhd_testkit::judge::{Counts, Depth, judge_run};
 use vhd_testkit::record::{Event, Journal};
-
-use crate::judge::{Counts, Depth, judge_run};
-use crate::scenario::{CLOSE, Setup, Step, random_script, run};
-
-const BLOCK: u64 = 8;
-const SECTORS: u64 = 12 * BLOCK + 3;
-
-fn new_image(kind: NewKind, uuid: u8) -> Vec<u8> {
-    let storage = MemoryStorage::default();
-    let options = CreateOptions {
-        kind,
-        size: SECTORS * 512,
-        block_size: 4096,
-        uuid: [uuid; 16],
-        creator: Creator::WINDOWS_10,
-        timestamp: Timestamp(0),
-    };
-    create(&storage, &options).unwrap();
-    storage.to_vec()
-}
-
-/// A parent whose sectors are all written but those of every third block.
-fn parent() -> Vec<u8> {
-    let setup = Setup { name: "parent", image: new_image(NewKind::Dynamic, 1), parent: None };
-    let storage = std::sync::Arc::new(MemoryStorage::new(setup.image.clone()));
-    let disk = scenario::open(std::sync::Arc::clone(&storage) as _, &setup, &scenario::writable()).unwrap();
-    for lba in (0..SECTORS).filter(|lba| lba / BLOCK % 3 != 2) {
-        let tag = vhd_testkit::tagged::Tag { image: 50, lba, write: 0 };
-        disk.write_at(&tag.sector(), lba * 512).unwrap();
-    }
-    disk.close().unwrap();
-    storage.to_vec()
-}
-
-fn child() -> Vec<u8> {
-    let link =
-        ParentLink { uuid: [1; 16], name: "parent.vhd".into(), relative: "parent.vhd".into(), absolute: "/parent.vhd".into() };
-    new_image(NewKind::Differencing(link), 2)
-}
-
-/// What a session of ours leaves, as the start of another: no space of it is fresh any more.
-fn used(name: &'static str, setup: &Setup) -> Setup {
-    let journal = Journal::new();
-    let script = random_script(SECTORS, BLOCK, 25, 99);
-    let run = run(setup, &script, &journal, 7);
-    let mut image = Vec::new();
-    let last = Effort { exhaustive: 0, samples: 0, seed: 0 };
-    crash_states(std::slice::from_ref(&setup.image), &run.events, last, &mut |state| {
-        image.clone_from(&state.files[0]);
-        Ok(())
-    })
-    .unwrap();
-    spoil_free_space(&mut image, setup);
-    Setup { name, image, parent: setup.parent.clone() }
-}
-
-/// Fills what no block holds with rubbish, as killed processes and other programs leave it.
-fn spoil_free_space(image: &mut [u8], setup: &Setup) {
-    let storage = std::sync::Arc::new(MemoryStorage::new(image.to_vec()));
-    let opened = Image::open(storage, std::path::Path::new("used.vhd"), &OpenOptions::default()).unwrap();
-    let (layout, header) = (opened.layout().unwrap(), opened.header().unwrap());
-    let bat = header.bat_offset() as usize;
-    let bat_end = bat + (header.max_table_entries() as usize * 4).next_multiple_of(512);
-    let mut held = vec![false; image.len()];
-    held[..bat_end].fill(true);
-    let footer_at = image.len() - 512;
-    held[footer_at..].fill(true);
-    for entry in image[bat..bat_end].chunks(4).map(|entry| u32::from_be_bytes(entry.try_into().unwrap())) {
-        if entry != u32::MAX {
-            let slot = layout.slot(entry);
-            held[slot.start as usize..slot.end as usize].fill(true);
-        }
-    }
-    assert!(setup.parent.is_none() || bat > 4096, "locators lie before the BAT");
-    for (byte, _) in image.iter_mut().zip(held).filter(|(_, held)| !held) {
-        *byte = 0xA5;
-    }
-}
-
-fn setups() -> Vec<Setup> {
-    let dynamic = Setup { name: "dynamic", image: new_image(NewKind::Dynamic, 3), parent: None };
-    let differencing = Setup { name: "differencing", image: child(), parent: Some(parent()) };
-    let fixed = Setup { name: "fixed", image: new_image(NewKind::Fixed { preallocate: false }, 4), parent: None };
-    vec![used("used dynamic", &dynamic), used("used differencing", &differencing), dynamic, differencing, fixed]
-}
+use vhd_testkit::session::{self, BLOCK, CLOSE, SECTORS, Step, random_script, run, setups};
+use vhd_testkit::tools::{QemuImg, VhdiMount};
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -228,12 +141,52 @@ fn what_was_read_after_a_kill_stays() {
     for setup in setups() {
         let killed = |without: Option<usize>| {
             let journal = without.map_or_else(Journal::new, Journal::without_barrier);
-            let run = scenario::run_killed(&setup, &journal);
+            let run = session::run_killed(&setup, &journal);
             (judge_run(&setup, &run, Effort::default(), Depth { recover_every: 3, second_crash_every: usize::MAX }), run)
         };
         let (judged, run) = killed(None);
         judged.unwrap();
-        let opening = scenario::barrier_after_kill(&run.events);
+        let opening = session::barrier_after_kill(&run.events);
         assert!(killed(Some(opening)).0.is_err(), "{}: the barrier at open is not needed", setup.name);
     }
+}
+
+/// P3 for others: what a power cut left opens in QEMU and libvhdi once it was opened here for writing, and QEMU reads what
+/// we read (of a dynamic disk; it knows no parents).
+#[test]
+fn others_open_what_was_opened_here_after_a_power_cut() {
+    let (Some(qemu), Some(libvhdi)) = (QemuImg::find(), VhdiMount::find()) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let mut tried = 0;
+    for setup in setups().into_iter().filter(|setup| setup.parent.is_none()) {
+        let script = random_script(SECTORS, BLOCK, 14, 3);
+        let run = run(&setup, &script, &Journal::new(), 1);
+        let mut number = 0;
+        let mut visit = |state: &CrashState| {
+            number += 1;
+            if number % 200 != 1 {
+                return Ok(());
+            }
+            tried += 1;
+            let path = folder.path().join(format!("state-{tried}.vhd"));
+            std::fs::write(&path, &state.files[0]).unwrap();
+            let options = vhd_core::chain::ChainOptions { image: session::writable(), ..Default::default() };
+            let disk = vhd_core::Disk::open(&path, &options).map_err(|error| error.to_string())?;
+            let ours = session::read_all(&disk).map_err(|error| error.to_string())?;
+            disk.close().map_err(|error| error.to_string())?;
+            drop(disk);
+            libvhdi.to_raw(&path)?;
+            let theirs = qemu.to_raw(&path)?;
+            // Data under a clear bit is invisible here, and not to QEMU, which knows no bitmaps.
+            let differs = |lba: &u64| session::sector(&ours, *lba) != session::sector(&theirs, *lba);
+            match (0..SECTORS).find(|lba| differs(lba) && session::sector(&ours, *lba) != [0; 512]) {
+                Some(lba) => Err(format!("QEMU reads sector {lba} as something else")),
+                None => Ok(()),
+            }
+        };
+        crash_states(std::slice::from_ref(&setup.image), &run.events, Effort::default(), &mut visit)
+            .unwrap_or_else(|error| panic!("{}: {error}", setup.name));
+    }
+    println!("states that QEMU and libvhdi opened: {tried}");
+    assert!(tried > 10);
 }

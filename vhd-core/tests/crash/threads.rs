@@ -17,9 +17,9 @@ use vhd_testkit::history::History;
 use vhd_testkit::record::{Journal, RecordingStorage};
 use vhd_testkit::tagged::Tag;
 
-use crate::judge::{Depth, judge_run};
-use crate::scenario::{Run, SECTOR, Setup, open, read_all, sector, writable};
-use crate::{BLOCK, setups};
+use vhd_testkit::judge::{Depth, judge_run};
+use vhd_testkit::session::{BLOCK, setups};
+use vhd_testkit::session::{Run, SECTOR, Setup, open, read_all, sector, writable};
 
 const THREADS: u64 = 4;
 /// Sectors that are shared, sector by sector.

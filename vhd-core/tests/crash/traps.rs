@@ -13,9 +13,9 @@ use vhd_testkit::fault::{Fault, FaultStorage, Plan};
 use vhd_testkit::fixture::{Bits, BlockFill, Fill, FixtureSpec, Kind, Layout as FixtureLayout};
 use vhd_testkit::record::{Journal, RecordingStorage};
 
-use crate::judge::{Depth, judge_run};
-use crate::scenario::{Setup, Step, open, read_all, run, sector, writable};
-use crate::{BLOCK, setups};
+use vhd_testkit::judge::{Depth, judge_run};
+use vhd_testkit::session::{BLOCK, setups};
+use vhd_testkit::session::{Setup, Step, open, read_all, run, sector, writable};
 
 /// Where the BAT of the images of this test is, and its entries in a file.
 fn entries(image: &[u8]) -> impl Iterator<Item = u32> + '_ {

@@ -9,7 +9,7 @@ use crate::format::{
     MAX_DISK_SIZE, SECTOR, Timestamp, WINDOWS_MIN_SIZE,
 };
 use crate::image::{Authority, Footers};
-use crate::layout::file_len_for;
+use crate::layout::FooterPlace;
 
 /// A clock that is wrong by less is not worth a word: some writers record local time.
 const CLOCK_SLACK: u32 = 24 * 60 * 60;
@@ -279,7 +279,8 @@ impl Check<'_> {
         if !basis.trailing_missing {
             return Ok(());
         }
-        let places = used_end.map(|end| [file_len_for(end).saturating_sub(SECTOR), end.next_multiple_of(SECTOR)]);
+        let places =
+            used_end.map(|end| [FooterPlace::PageEnd.file_len(end).saturating_sub(SECTOR), end.next_multiple_of(SECTOR)]);
         for at in places.into_iter().flatten().filter(|&at| at + SECTOR < self.file_len) {
             if Footer::parse(&self.footer_bytes(at)?).is_ok_and(|footer| footer.uuid() == basis.uuid) {
                 let message = format!(

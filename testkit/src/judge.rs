@@ -3,21 +3,21 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::crash::{CrashState, Effort, Random, crash_states};
+use crate::history::History;
+use crate::record::{Journal, RecordingStorage};
+use crate::tagged::Tag;
 use vhd_core::image::OpenOptions;
 use vhd_core::ops::check::{CheckOptions, Severity, check};
 use vhd_core::storage::MemoryStorage;
-use vhd_testkit::crash::{CrashState, Effort, Random, crash_states};
-use vhd_testkit::history::History;
-use vhd_testkit::record::{Journal, RecordingStorage};
-use vhd_testkit::tagged::Tag;
 
-use crate::scenario::{Run, SECTOR, Setup, open, read_all, sector, writable};
+use crate::session::{Run, SECTOR, Setup, open, read_all, sector, writable};
 
 /// What a crash of ours may leave for `check` to find: nothing that repair could lose anything by.
 const PERMITTED: [&str; 4] = ["leaked-space", "trailing-footer-missing", "stale-trailing-footer", "footers-disagree"];
 
 /// How deep a state is looked at.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Depth {
     /// Every n-th state is opened for writing, written to and read again.
     pub recover_every: usize,
@@ -28,12 +28,18 @@ pub struct Depth {
 /// Counts of what was looked at.
 #[derive(Debug, Default)]
 pub struct Counts {
+    /// States that were read.
     pub states: usize,
+    /// Of those, opened for writing and written to.
     pub recovered: usize,
+    /// States of a second crash meanwhile.
     pub second_states: usize,
 }
 
 /// Enumerates the states of a run and judges each.
+///
+/// # Errors
+/// What is wrong with the first bad one, in one line.
 pub fn judge_run(setup: &Setup, run: &Run, effort: Effort, depth: Depth) -> Result<Counts, String> {
     let mut counts = Counts::default();
     let mut recovered = 0;
@@ -95,8 +101,8 @@ fn judge_recovery(setup: &Setup, state: &CrashState, found: &[u8], seed: u64, cr
         None => Ok(()),
         Some(lba) => Err(format!(
             "{what}: sector {lba} holds {}, expected {}",
-            vhd_testkit::tagged::describe(&sector(now, lba)),
-            vhd_testkit::tagged::describe(&sector(expected, lba))
+            crate::tagged::describe(&sector(now, lba)),
+            crate::tagged::describe(&sector(expected, lba))
         )),
     };
     same("opened for writing", &read_all(&disk).map_err(|error| error.to_string())?, found)?;
