@@ -111,7 +111,12 @@ impl ConvertArgs {
             Some(align) if align == 0 || align % 512 != 0 => {
                 Err(Error::new(ErrorKind::InvalidInput, format!("--align {align} is not a multiple of 512")))
             }
-            Some(align) => Ok(Some(size.next_multiple_of(align))),
+            Some(align) => match size.checked_next_multiple_of(align) {
+                None => {
+                    Err(Error::new(ErrorKind::InvalidInput, format!("size {size} can't be rounded up to a multiple of {align}")))
+                }
+                rounded => Ok(rounded),
+            },
             None => Ok(Some(size)),
         }
     }

@@ -54,6 +54,32 @@ fn names_are_shown_safely_and_may_be_odd() {
 }
 
 #[test]
+fn sizes_and_offsets_near_the_largest_number_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create disk.vhd --size 4M");
+    fs::write(dir.join("disk.raw"), noise(1, 1 << 20)).unwrap();
+    let before = names_in(dir);
+    for number in [u64::MAX, u64::MAX - 1, u64::MAX - 511, u64::MAX - 512, 1 << 63] {
+        for line in [
+            format!("create new.vhd --size {number}"),
+            format!("create new.vhd --size {number} --type fixed"),
+            format!("create new.vhd --parent disk.vhd --size {number}"),
+            format!("convert disk.raw new.vhd --size {number} --align 1M"),
+            format!("convert disk.raw new.raw --size {number}"),
+            format!("read disk.vhd --offset {number} --length {number}"),
+            format!("read disk.vhd --offset 0 --length {number}"),
+        ] {
+            refused(dir, &line);
+        }
+        let written = expect(vhd_fed(dir, &format!("write disk.vhd --offset {number}"), b"some"), 2, "write");
+        assert!(crate::support::text(&written.stderr).contains("disk.vhd"));
+    }
+    refused(dir, &format!("convert disk.raw new.vhd --align {}", u64::MAX - 511));
+    assert_eq!(names_in(dir), before);
+}
+
+#[test]
 fn a_truncated_image_gives_no_half_made_output() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();

@@ -85,10 +85,11 @@ pub fn create_file(path: &Path, options: &CreateOptions, overwrite: bool) -> Res
 /// # Errors
 /// `InvalidInput` for sizes that can't be; as the host fails.
 pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<Created> {
-    let mut created = Created { size: options.size.next_multiple_of(SECTOR), notes: Vec::new() };
-    if options.size == 0 || created.size > MAX_CREATE_SIZE {
+    // The limit is a whole number of sectors, so what is below it can be rounded up.
+    if options.size == 0 || options.size > MAX_CREATE_SIZE {
         fail!(InvalidInput, "size is {} bytes, expected 512 bytes to 2040 GiB", options.size);
     }
+    let mut created = Created { size: options.size.next_multiple_of(SECTOR), notes: Vec::new() };
     if !options.block_size.is_power_of_two() || !(MIN_BLOCK_SIZE..=MAX_BLOCK_SIZE).contains(&options.block_size) {
         fail!(InvalidInput, "block size is {}, expected a power of two from 4 KiB to 256 MiB", options.block_size);
     }

@@ -113,8 +113,9 @@ pub fn read_from(stream: &mut dyn Read, target: &Disk, offset: u64, skip_zeros: 
         if count == 0 {
             return Ok(at - offset);
         }
-        if at + count as u64 > target.size() {
-            let fits = target.size().saturating_sub(at) as usize;
+        let room = target.size().saturating_sub(at);
+        if count as u64 > room {
+            let fits = room as usize;
             target.write_at(&buffer[..fits], at)?;
             fail!(OutOfRange, "input goes beyond the end of the disk of {} bytes; what fits was written", target.size());
         }
