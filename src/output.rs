@@ -1,6 +1,7 @@
 //! What a run prints: text or JSON on stdout, progress, notes and errors on stderr; and how it ends.
 
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -138,6 +139,16 @@ fn new_bar(what: &str) -> ProgressBar {
     ProgressBar::new(0).with_style(style).with_message(what.to_owned())
 }
 
+/// A path in JSON, which holds text only: what is none of it becomes U+FFFD, as in messages.
+#[derive(Debug)]
+pub struct ShownPath<'a>(pub &'a Path);
+
+impl serde::Serialize for ShownPath<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0.to_string_lossy())
+    }
+}
+
 /// Prints a document as one JSON text.
 pub fn write_json(document: &impl serde::Serialize) -> Result<(), Error> {
     let mut text = serde_json::to_string_pretty(document)
@@ -164,7 +175,7 @@ pub fn report_failure(context: &Context, failure: &Error) -> ExitCode {
     if context.json {
         let error = serde_json::json!({
             "kind": failure.kind().name(),
-            "file": failure.path(),
+            "file": failure.path().map(ShownPath),
             "message": failure.message(),
         });
         let _ = write_json(&serde_json::json!({ "error": error }));

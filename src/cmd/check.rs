@@ -10,7 +10,7 @@ use vhd_core::ops::check::{CheckOptions, Report, check, check_chain};
 use vhd_core::storage::{FileStorage, LockMode};
 
 use super::ChainArgs;
-use crate::output::{Answer, Context};
+use crate::output::{Answer, Context, ShownPath};
 
 /// Arguments of `vhd check`.
 #[derive(Debug, Args)]
@@ -29,8 +29,8 @@ pub struct CheckArgs {
 
 /// The JSON of `vhd check`: a contract.
 #[derive(Serialize)]
-struct Document {
-    path: PathBuf,
+struct Document<'a> {
+    path: ShownPath<'a>,
     ok: bool,
     findings: Vec<FindingDocument>,
 }
@@ -59,7 +59,7 @@ impl CheckArgs {
         })?;
         let text: String = reports.iter().map(text).collect();
         let ok = reports.iter().all(Report::ok);
-        let mut documents: Vec<_> = reports.into_iter().map(document).collect();
+        let mut documents: Vec<_> = reports.iter().map(document).collect();
         match self.chain {
             true => context.print(&text, &documents)?,
             false => context.print(&text, &documents.swap_remove(0))?,
@@ -68,16 +68,16 @@ impl CheckArgs {
     }
 }
 
-fn document(report: Report) -> Document {
+fn document(report: &Report) -> Document<'_> {
     let ok = report.ok();
-    let findings = report.findings.into_iter().map(|finding| FindingDocument {
+    let findings = report.findings.iter().map(|finding| FindingDocument {
         severity: finding.severity.name(),
         code: finding.code.name(),
-        place: finding.place,
-        message: finding.message,
+        place: finding.place.clone(),
+        message: finding.message.clone(),
         repairable: finding.repairable,
     });
-    Document { path: report.path, ok, findings: findings.collect() }
+    Document { path: ShownPath(&report.path), ok, findings: findings.collect() }
 }
 
 fn text(report: &Report) -> String {

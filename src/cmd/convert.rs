@@ -20,7 +20,7 @@ use super::ChainArgs;
 use super::compare::{SourceFormat, open_source};
 use super::create::parse_block_size;
 use crate::input::Input;
-use crate::output::{Answer, Context};
+use crate::output::{Answer, Context, ShownPath};
 use crate::sizes;
 
 /// Arguments of `vhd convert`.
@@ -63,8 +63,8 @@ enum TargetFormat {
 /// The JSON of `vhd convert`, but when stdout takes the bytes.
 #[derive(Serialize)]
 struct Document<'a> {
-    source: &'a Path,
-    path: &'a Path,
+    source: ShownPath<'a>,
+    path: ShownPath<'a>,
     #[serde(rename = "type")]
     format: &'static str,
 }
@@ -95,7 +95,8 @@ impl ConvertArgs {
             TargetFormat::Fixed => self.to_vhd(context, source.as_ref(), NewKind::Fixed { preallocate: false }, progress),
         })?;
         if context.json && !is_stream(&self.target) {
-            context.print("", &Document { source: &self.source, path: &self.target, format: format.name() })?;
+            context
+                .print("", &Document { source: ShownPath(&self.source), path: ShownPath(&self.target), format: format.name() })?;
         }
         Ok(Answer::Yes)
     }

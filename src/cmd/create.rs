@@ -11,7 +11,7 @@ use vhd_core::image::{CreateOptions, NewKind, create_file};
 use vhd_core::{Error, ErrorKind};
 
 use super::ChainArgs;
-use crate::output::{Answer, Context};
+use crate::output::{Answer, Context, ShownPath};
 use crate::sizes;
 
 /// Arguments of `vhd create`.
@@ -82,8 +82,8 @@ fn parse_creator(text: &str) -> Result<[u8; 4], String> {
 
 /// The JSON of `vhd create`.
 #[derive(Serialize)]
-struct Document {
-    path: PathBuf,
+struct Document<'a> {
+    path: ShownPath<'a>,
     virtual_size: u64,
     uuid: String,
     notes: Vec<String>,
@@ -118,8 +118,12 @@ impl CreateArgs {
             context.note(&format!("{}: {note}", self.image.display()));
         }
         if context.json {
-            let document =
-                Document { path: self.image.clone(), virtual_size: created.size, uuid: uuid.to_string(), notes: created.notes };
+            let document = Document {
+                path: ShownPath(&self.image),
+                virtual_size: created.size,
+                uuid: uuid.to_string(),
+                notes: created.notes,
+            };
             context.print("", &document)?;
         }
         Ok(Answer::Yes)

@@ -12,7 +12,7 @@ use vhd_core::format::{DiskType, IDE_LIMIT};
 use vhd_core::image::Image;
 
 use super::ChainArgs;
-use crate::output::{Answer, Context};
+use crate::output::{Answer, Context, ShownPath};
 use crate::sizes;
 
 /// Arguments of `vhd info`.
@@ -29,8 +29,8 @@ pub struct InfoArgs {
 
 /// The JSON of `vhd info`: a contract.
 #[derive(Serialize)]
-struct Info {
-    path: PathBuf,
+struct Info<'a> {
+    path: ShownPath<'a>,
     #[serde(rename = "type")]
     disk_type: &'static str,
     virtual_size: u64,
@@ -48,7 +48,7 @@ struct Info {
     geometry: GeometryInfo,
     geometry_size: u64,
     saved_state: bool,
-    parent: Option<ParentInfo>,
+    parent: Option<ParentInfo<'a>>,
     warnings: Vec<String>,
 }
 
@@ -60,9 +60,9 @@ struct GeometryInfo {
 }
 
 #[derive(Serialize)]
-struct ParentInfo {
+struct ParentInfo<'a> {
     /// Where it was found; null when it was not.
-    path: Option<PathBuf>,
+    path: Option<ShownPath<'a>>,
     uuid: String,
     name: String,
     locators: Vec<LocatorInfo>,
@@ -103,8 +103,8 @@ impl InfoArgs {
     }
 }
 
-impl Info {
-    fn new(image: &Image, parent: Option<&Path>, problem: Option<String>) -> Result<Self, Error> {
+impl<'a> Info<'a> {
+    fn new(image: &'a Image, parent: Option<&'a Path>, problem: Option<String>) -> Result<Self, Error> {
         let footer = image.footer();
         let storage = image.storage();
         let host = |error| Error::io(error, "can't be examined").at(image.path());
@@ -116,7 +116,7 @@ impl Info {
         let (geometry, creator) = (footer.geometry(), footer.creator());
         let created = jiff::Timestamp::try_from(footer.timestamp().to_system_time());
         Ok(Self {
-            path: image.path().to_owned(),
+            path: ShownPath(image.path()),
             disk_type: footer.disk_type().name(),
             virtual_size: image.size(),
             original_size: footer.original_size(),
@@ -143,7 +143,7 @@ impl Info {
         let mut line = |name: &str, value: String| {
             let _ = writeln!(text, "{name:<14}{value}");
         };
-        line("image", self.path.display().to_string());
+        line("image", self.path.0.display().to_string());
         line("type", self.disk_type.to_owned());
         line("size", sizes::show(self.virtual_size));
         if self.original_size != self.virtual_size {
@@ -161,7 +161,7 @@ impl Info {
             line("saved state", "yes: a virtual machine's saved state relies on this image".into());
         }
         if let Some(parent) = &self.parent {
-            let place = parent.path.as_ref().map_or("not found".into(), |path| path.display().to_string());
+            let place = parent.path.as_ref().map_or("not found".into(), |path| path.0.display().to_string());
             line("parent", place);
             line("", format!("UUID {}, name {:?}", parent.uuid, parent.name));
             for locator in &parent.locators {
@@ -184,14 +184,14 @@ fn text_of(bytes: &[u8; 4]) -> String {
     bytes[..end].escape_ascii().to_string()
 }
 
-fn parent_info(image: &Image, found: Option<&Path>) -> Result<Option<ParentInfo>, Error> {
+fn parent_info<'a>(image: &Image, found: Option<&'a Path>) -> Result<Option<ParentInfo<'a>>, Error> {
     let Some(header) = image.header().filter(|_| image.footer().disk_type() == DiskType::Differencing) else {
         return Ok(None);
     };
     let locators = read_locators(&**image.storage(), header)?;
     let locators = locators.into_iter().map(|locator| LocatorInfo { code: locator.entry.code.name(), path: locator.path });
     Ok(Some(ParentInfo {
-        path: found.map(Path::to_owned),
+        path: found.map(ShownPath),
         uuid: Uuid::from_bytes(header.parent_uuid()).to_string(),
         name: header.parent_name(),
         locators: locators.collect(),

@@ -9,7 +9,7 @@ use vhd_core::block::Extent;
 use vhd_core::{Disk, Error};
 
 use super::ChainArgs;
-use crate::output::{Answer, Context, output_error};
+use crate::output::{Answer, Context, ShownPath, output_error};
 
 /// Arguments of `vhd map`.
 #[derive(Debug, Args)]
@@ -27,7 +27,7 @@ struct Entry<'a> {
     length: u64,
     state: &'static str,
     depth: usize,
-    path: &'a Path,
+    path: ShownPath<'a>,
     offset: Option<u64>,
 }
 
@@ -56,7 +56,7 @@ impl MapArgs {
 fn json(out: &mut impl Write, extent: &Extent, path: &Path, first: bool) -> io::Result<()> {
     let Extent { range, state, depth, offset } = extent;
     let (length, state) = (range.end - range.start, state.name());
-    let entry = Entry { start: range.start, length, state, depth: *depth, path, offset: *offset };
+    let entry = Entry { start: range.start, length, state, depth: *depth, path: ShownPath(path), offset: *offset };
     out.write_all(if first { b"\n  " } else { b",\n  " })?;
     serde_json::to_writer(out, &entry).map_err(io::Error::from)
 }

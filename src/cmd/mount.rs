@@ -11,7 +11,7 @@ use vhd_core::{Disk, Error};
 use vhd_fuse::{DISK_FILE, MountOptions, StopSignals};
 
 use super::ChainArgs;
-use crate::output::{Answer, Context};
+use crate::output::{Answer, Context, ShownPath};
 
 /// What the background process says on its stdout when the files are there. Anything else it says is an error's
 /// document, with `--json`.
@@ -105,7 +105,7 @@ impl MountArgs {
 /// Nothing for people, to whom success is silent.
 fn report(context: &Context, target: &Path, pid: u32) -> Result<(), Error> {
     let file = target.join(DISK_FILE);
-    context.print("", &serde_json::json!({ "target": target, "file": file, "pid": pid }))
+    context.print("", &serde_json::json!({ "target": ShownPath(target), "file": ShownPath(&file), "pid": pid }))
 }
 
 /// Says that the mount is ready, and lets go of the terminal, its session and the current folder.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use vhd_core::Error;
 
-use crate::output::{Answer, Context};
+use crate::output::{Answer, Context, ShownPath};
 
 /// Arguments of `vhd unmount`.
 #[derive(Debug, Args)]
@@ -17,7 +17,7 @@ pub struct UnmountArgs {
 impl UnmountArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         vhd_fuse::unmount(&self.target, &mut |note| context.note(note))?;
-        context.print("", &serde_json::json!({ "target": self.target }))?;
+        context.print("", &serde_json::json!({ "target": ShownPath(&self.target) }))?;
         Ok(Answer::Yes)
     }
 }

@@ -8,7 +8,7 @@ use vhd_core::{Disk, Error};
 
 use super::ChainArgs;
 use crate::input::Input;
-use crate::output::{Answer, Context};
+use crate::output::{Answer, Context, ShownPath};
 use crate::sizes;
 
 /// Arguments of `vhd write`.
@@ -34,7 +34,7 @@ impl WriteArgs {
         // What was written before a failure is made durable too: it is in the image.
         disk.close()?;
         let length = written.map_err(|error| error.at(&self.image))?;
-        context.print("", &serde_json::json!({ "path": self.image, "offset": self.offset, "length": length }))?;
+        context.print("", &serde_json::json!({ "path": ShownPath(&self.image), "offset": self.offset, "length": length }))?;
         Ok(Answer::Yes)
     }
 }

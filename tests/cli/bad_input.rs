@@ -80,6 +80,28 @@ fn sizes_and_offsets_near_the_largest_number_are_refused() {
 }
 
 #[test]
+fn names_that_are_not_utf_8_are_told_in_json_too() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let name = std::ffi::OsStr::from_bytes(b"odd \xff.vhd");
+    let shown = "odd \u{FFFD}.vhd";
+    let run = |words: &[&str], status: i32| {
+        let mut command = crate::support::vhd_in(dir);
+        let (first, rest) = words.split_first().unwrap();
+        let output = expect(command.arg(first).arg("--json").arg(name).args(rest).output().unwrap(), status, first);
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+    };
+    assert_eq!(run(&["info"], 2)["error"]["file"], shown, "one that is missing");
+    assert_eq!(run(&["create", "--size", "4M"], 0)["path"], shown);
+    assert_eq!(run(&["info"], 0)["path"], shown);
+    assert_eq!(run(&["check"], 0)["path"], shown);
+    assert_eq!(run(&["map"], 0)[0]["path"], shown);
+    assert_eq!(run(&["write", "--offset", "0"], 0)["path"], shown);
+    assert_eq!(run(&["convert", "copy.raw"], 0)["source"], shown);
+}
+
+#[test]
 fn a_truncated_image_gives_no_half_made_output() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();
