@@ -130,9 +130,15 @@ pub(super) fn mend(storage: &dyn Storage, sparse: &Sparse, found: &Found, end: u
     if footers.trailing_is_short && found.authority == Authority::Trailing {
         file_len = complete_short_footer(storage, footers)?;
     } else if found.authority == Authority::Copy {
-        // The last sector, where no block lies there; else behind the last block.
+        // The last sector, where no block lies there; else behind the last block, where the file can grow.
         let last = file_len - file_len % SECTOR;
-        file_len = if !storage.can_grow() || last >= end + SECTOR { last } else { FooterPlace::PageEnd.file_len(end) };
+        file_len = match (last >= end + SECTOR, storage.can_grow()) {
+            (true, _) => last,
+            (false, true) => FooterPlace::PageEnd.file_len(end),
+            (false, false) => {
+                fail!(Corrupt, "the device's last sector, where its footer should be, is inside a block; `vhd check` says more")
+            }
+        };
         write(&bytes, file_len - SECTOR)?;
         if file_len < footers.file_len {
             storage.set_len(file_len).map_err(|error| Error::io(error, "can't be shortened to whole sectors"))?;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use vhd_core::ErrorKind;
 use vhd_core::format::{BAT_UNUSED, Footer};
 use vhd_core::image::OpenOptions;
-use vhd_core::storage::MemoryStorage;
+use vhd_core::storage::{MemoryStorage, Storage};
 use vhd_testkit::crash::{Effort, crash_states};
 use vhd_testkit::fault::{Fault, FaultStorage, Plan};
 use vhd_testkit::fixture::{Bits, BlockFill, Fill, FixtureSpec, Kind, Layout as FixtureLayout};
@@ -167,5 +167,74 @@ fn an_image_that_gets_an_identifier_has_the_old_or_the_new_one_at_every_moment()
         })
         .unwrap();
         assert_eq!(seen, [old, [9; 16]].into(), "{name}");
+    }
+}
+
+/// A device: a file that can't grow.
+#[derive(Debug)]
+struct Device(MemoryStorage);
+
+impl Storage for Device {
+    fn read_vectored_at(&self, bufs: &mut [std::io::IoSliceMut<'_>], offset: u64) -> std::io::Result<()> {
+        self.0.read_vectored_at(bufs, offset)
+    }
+
+    fn write_vectored_at(&self, bufs: &[std::io::IoSlice<'_>], offset: u64) -> std::io::Result<()> {
+        self.0.write_vectored_at(bufs, offset)
+    }
+
+    fn len(&self) -> std::io::Result<u64> {
+        self.0.len()
+    }
+
+    fn set_len(&self, _len: u64) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::InvalidInput.into())
+    }
+
+    fn sync(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn punch_hole(&self, range: std::ops::Range<u64>) -> std::io::Result<()> {
+        self.0.punch_hole(range)
+    }
+
+    fn zero_range(&self, range: std::ops::Range<u64>) -> std::io::Result<()> {
+        self.0.zero_range(range)
+    }
+
+    fn allocate(&self, _range: std::ops::Range<u64>) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn next_data(&self, offset: u64) -> std::io::Result<Option<std::ops::Range<u64>>> {
+        self.0.next_data(offset)
+    }
+
+    fn can_grow(&self) -> bool {
+        false
+    }
+
+    fn allocated(&self) -> std::io::Result<u64> {
+        self.0.len()
+    }
+}
+
+#[test]
+fn a_footer_that_a_device_lost_is_not_written_over_a_block() {
+    let setup = foreign();
+    let whole = setup.image.len();
+    // Without its footer the last block ends where the device does; with room behind it, the footer goes there.
+    for (len, opens) in [(whole - 512, false), (whole + 4096, true)] {
+        let mut image = setup.image.clone();
+        image[whole - 512..].fill(0);
+        image.resize(len, 0);
+        let device = Arc::new(Device(MemoryStorage::new(image.clone())));
+        let opened = open(Arc::clone(&device) as _, &setup, &writable());
+        assert_eq!(opened.is_ok(), opens, "{:?}", opened.err());
+        match opens {
+            true => assert!(Footer::parse(device.0.to_vec().last_chunk().unwrap()).is_ok()),
+            false => assert!(device.0.to_vec() == image, "a refused device was written"),
+        }
     }
 }
