@@ -102,6 +102,20 @@ fn names_that_are_not_utf_8_are_told_in_json_too() {
 }
 
 #[test]
+fn what_replaces_a_private_file_is_private() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create disk.vhd --size 4M");
+    let mode = || fs::metadata(dir.join("disk.vhd")).unwrap().permissions().mode() & 0o7777;
+    for private in [0o600, 0o640] {
+        fs::set_permissions(dir.join("disk.vhd"), fs::Permissions::from_mode(private)).unwrap();
+        done(dir, "create disk.vhd --size 5M --overwrite");
+        assert_eq!(mode(), private);
+    }
+}
+
+#[test]
 fn a_truncated_image_gives_no_half_made_output() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();

@@ -273,6 +273,10 @@ pub fn replace_file(path: &Path, overwrite: bool, fill: impl FnOnce(&Arc<FileSto
     let failed = |error: io::Error| Error::io(error, "can't be created").at(path);
     let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
     let file = tempfile::Builder::new().prefix(".vhd-").permissions(permissions).tempfile_in(folder).map_err(failed)?;
+    if let Ok(found) = &metadata {
+        // Who may read what is replaced may read what replaces it, and nobody else.
+        file.as_file().set_permissions(found.permissions()).map_err(failed)?;
+    }
     let storage = Arc::new(FileStorage::from_file(file.as_file().try_clone().map_err(failed)?, path)?);
     fill(&storage).map_err(|error| error.at(path))?;
     storage.sync().map_err(failed)?;
