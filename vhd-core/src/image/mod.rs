@@ -40,7 +40,7 @@ use self::bitmap::BitmapCache;
 use self::commit::Meta;
 use self::grace::Grace;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Batmap, DiskType, DynamicHeader, Footer};
+use crate::format::{Batmap, DynamicHeader, Footer};
 use crate::layout::Layout;
 use crate::storage::Storage;
 
@@ -296,9 +296,4 @@ impl Drop for Image {
             tracing::error!("{error}");
         }
     }
-}
-
-/// The kind of a disk in words that a message can use.
-fn kind_name(disk_type: DiskType) -> &'static str {
-    disk_type.name()
 }

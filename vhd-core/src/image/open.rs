@@ -11,7 +11,7 @@ use super::bitmap::BitmapCache;
 use super::commit::Meta;
 use super::footers::{Authority, Footers};
 use super::prepare::{check_metadata, complete_short_footer, footer_place, free_ranges, mend, mend_trailing, scan_blocks};
-use super::{Image, Sparse, kind_name};
+use super::{Image, Sparse};
 use crate::error::{Error, ErrorKind, Result, fail};
 use crate::format::{
     BAT_ENTRY_LEN, Batmap, DiskType, DynamicHeader, FOOTER_LEN, Footer, FooterError, Geometry, HEADER_LEN, HeaderError,
@@ -283,7 +283,7 @@ fn open_sparse(storage: &dyn Storage, found: &mut Found, options: &OpenOptions) 
 }
 
 fn read_header(storage: &dyn Storage, at: u64, found: &mut Found, options: &OpenOptions) -> Result<DynamicHeader> {
-    let kind = kind_name(found.footer.disk_type());
+    let kind = found.footer.disk_type().name();
     let file_len = found.footers.file_len;
     if at.saturating_add(HEADER_LEN as u64) > file_len {
         fail!(Corrupt, "{kind} disk's header should be at {at:#x}, beyond the end of the file ({file_len:#x} bytes)");

@@ -36,3 +36,17 @@ impl DerefMut for AlignedBuffer {
         &mut self.bytes[self.start..self.start + self.len]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_buffer_begins_on_a_page() {
+        for len in [0, 1, 512, PAGE, PAGE + 1, 1 << 20] {
+            let buffer = AlignedBuffer::new(len);
+            assert_eq!(buffer.len(), len);
+            assert_eq!(buffer.as_ptr().addr() % PAGE, 0);
+        }
+    }
+}
