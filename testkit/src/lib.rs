@@ -1,7 +1,7 @@
 //! Oracles, fixtures and outside tools that judge `vhd`.
 //!
-//! Nothing in these modules shares code with `vhd-core`: a mistake made in one
-//! of them cannot hide the same mistake in the other. (The storages only implement its trait.)
+//! What judges shares no code with `vhd-core`: a mistake made in one cannot hide the same mistake in the other. Only
+//! [`session`], [`judge`] and [`fuzz`] drive the core, and ask the others; the storages implement its trait.
 //!
 //! - [`fixture`] writes VHD files of every layout, byte by byte.
 //! - [`reference`](mod@reference) reads a chain the slow and obvious way.

@@ -6,7 +6,8 @@
 //! `docs/crash-consistency.md` gives. Only `write` and `zero` change BAT entries in memory, only `commit` in the file.
 //!
 //! Locks, in the order in which they are taken: a block's stripe, the flush lock, the metadata lock, a bitmap
-//! shard. Data moves under none but the stripe, and that shared; readers take none.
+//! shard. Data moves under none but the stripe, and that shared; of these, readers take the shard only, to look
+//! a sector bitmap up.
 
 mod background;
 mod bat;
