@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::cmd::Command;
+use crate::cmd::{Command, Helped};
 use crate::output::{Context, report_failure};
 
 /// Opens, serves, repairs and runs virtual hard disks (VHD).
@@ -23,7 +23,13 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let mut arguments: Vec<_> = std::env::args_os().collect();
+    match cmd::mount_helper(&arguments) {
+        Some(Helped::Run(translated)) => arguments = translated,
+        Some(Helped::Fake) => return ExitCode::SUCCESS,
+        None => {}
+    }
+    let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
@@ -34,17 +40,28 @@ fn main() -> ExitCode {
     }
 }
 
-/// Help and version succeed; anything else could not be done. With `--json` the reason is JSON too.
+/// Help and version succeed; anything else could not be done, for a reason of one line. With `--json` the reason is JSON.
 fn usage(error: &clap::Error) -> ExitCode {
-    if error.use_stderr() && std::env::args().any(|argument| argument == "--json") {
-        let text = error.to_string();
-        // What is missing may be listed line by line; usage and tips follow an empty one.
-        let lines: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
-        let message = lines.join(" ");
-        let message = message.trim_start_matches("error: ");
-        let _ = output::write_json(&serde_json::json!({ "error": { "kind": "usage", "message": message } }));
-        return ExitCode::from(2);
+    if !error.use_stderr() {
+        let _ = error.print();
+        return ExitCode::SUCCESS;
     }
-    let _ = error.print();
-    if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS }
+    let text = error.to_string();
+    // What is missing may be listed line by line; usage and tips follow an empty one.
+    let lines: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+    let message = lines.join(" ");
+    let message = message.trim_start_matches("error: ");
+    if std::env::args().any(|argument| argument == "--json") {
+        let _ = output::write_json(&serde_json::json!({ "error": { "kind": "usage", "message": message } }));
+    } else if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        // Who asks for nothing wants to know what there is.
+        let _ = error.print();
+    } else {
+        // "Usage: vhd undo start [OPTIONS] <IMAGES>..."
+        let usage = text.lines().find_map(|line| line.strip_prefix("Usage: ")).unwrap_or("vhd");
+        let is_name = |word: &&str| word.bytes().all(|byte| byte.is_ascii_lowercase());
+        let command: Vec<_> = usage.split_whitespace().take_while(is_name).collect();
+        eprintln!("vhd: {message}; see {} --help", command.join(" "));
+    }
+    ExitCode::from(2)
 }

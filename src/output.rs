@@ -68,7 +68,8 @@ impl Context {
         };
         let filter = tracing_subscriber::EnvFilter::try_from_env("VHD_LOG").unwrap_or_else(|_| level.into());
         let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).without_time().with_target(false);
-        let _ = log.try_init();
+        // A log that can't be written, as on a full volume, is no reason to fail.
+        let _ = log.log_internal_errors(false).try_init();
         Self { json: global.json, quiet: global.quiet, force_progress: global.progress, interrupted: Arc::default() }
     }
 
@@ -137,6 +138,12 @@ fn new_bar(what: &str) -> ProgressBar {
     let template = "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(0).with_style(style).with_message(what.to_owned())
+}
+
+/// A path as short as it is from the current folder.
+pub fn from_here(path: &Path) -> std::path::Display<'_> {
+    let here = std::env::current_dir().ok();
+    here.and_then(|here| path.strip_prefix(here).ok()).unwrap_or(path).display()
 }
 
 /// A path in JSON, which holds text only: what is none of it becomes U+FFFD, as in messages.

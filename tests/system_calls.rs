@@ -49,11 +49,11 @@ fn a_new_file_is_durable_before_it_has_its_name() {
     ];
     for command in commands {
         let Some(calls) = calls(folder.path(), &command) else { return };
-        let written = last(&calls, &["pwritev", "/.vhd-"]);
-        let synced = last(&calls, &["fdatasync", "/.vhd-"]);
+        let written = last(&calls, &["pwrite", ".vhd-new"]);
+        let synced = last(&calls, &["fdatasync", ".vhd-new"]);
         let named = calls.iter().rposition(|line| line.contains("rename") || line.contains("link(") || line.contains("linkat("));
         let named = named.unwrap_or_else(|| panic!("no rename in\n{}", calls.join("\n")));
-        let folder_synced = calls.iter().rposition(|line| line.contains("fsync(") && !line.contains("/.vhd-")).unwrap();
+        let folder_synced = calls.iter().rposition(|line| line.contains("fsync(") && !line.contains(".vhd-new")).unwrap();
         assert!(written < synced && synced < named && named < folder_synced, "{command:?}:\n{}", calls.join("\n"));
     }
 }

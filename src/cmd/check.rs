@@ -3,14 +3,15 @@
 use std::fmt::Write;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 use vhd_core::Error;
-use vhd_core::ops::check::{CheckOptions, Report, check, check_chain};
+use vhd_core::ops::check::{CheckOptions, Finding, Report, check, check_chain};
+use vhd_core::ops::repair::{RepairMode, repair, undo_repair};
 use vhd_core::storage::{FileStorage, LockMode};
 
 use super::ChainArgs;
-use crate::output::{Answer, Context, ShownPath};
+use crate::output::{Answer, Context, ShownPath, from_here};
 
 /// Arguments of `vhd check`.
 #[derive(Debug, Args)]
@@ -23,8 +24,44 @@ pub struct CheckArgs {
     /// Read sector bitmaps and data too
     #[arg(long)]
     deep: bool,
+    /// Put right what can lose nothing; with =all the rest too, and list what is given up
+    #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "safe", conflicts_with = "chain")]
+    repair: Option<RepairHow>,
+    /// With --repair: say what would be done, and do nothing
+    #[arg(long, requires = "repair")]
+    dry_run: bool,
+    /// Take the last repair back: the original bytes are in a file beside the image
+    #[arg(long, conflicts_with_all = ["repair", "chain", "deep"])]
+    undo_repair: bool,
+    /// With --undo-repair: although the image was written since
+    #[arg(long, requires = "undo_repair")]
+    force: bool,
     #[command(flatten)]
     open: ChainArgs,
+}
+
+/// How much a repair may do.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum RepairHow {
+    /// What can lose nothing
+    Safe,
+    /// All that can be done
+    All,
+}
+
+/// The JSON of a repair.
+#[derive(Serialize)]
+struct RepairDocument<'a> {
+    path: ShownPath<'a>,
+    ok: bool,
+    changes: &'a [String],
+    /// What was given up or guessed.
+    lost: &'a [String],
+    /// What a check finds now.
+    findings: Vec<FindingDocument>,
+    /// Where the original bytes are.
+    undo: Option<ShownPath<'a>>,
+    done: bool,
 }
 
 /// The JSON of `vhd check`: a contract.
@@ -48,6 +85,15 @@ struct FindingDocument {
 impl CheckArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         let chain = self.open.options(false, false);
+        if self.undo_repair {
+            let undone = undo_repair(&self.image, self.force, &chain)?;
+            let text: String = undone.iter().map(|change| format!("undone: {change}\n")).collect();
+            context.print(&text, &undone)?;
+            return Ok(Answer::Yes);
+        }
+        if let Some(how) = self.repair {
+            return self.repair(how, context);
+        }
         let reports = context.with_progress("check", |progress| {
             let options = CheckOptions { deep: self.deep, parents: Some(&chain.parents), progress: Some(progress) };
             if self.chain {
@@ -66,27 +112,61 @@ impl CheckArgs {
         }
         Ok(if ok { Answer::Yes } else { Answer::No })
     }
+
+    fn repair(&self, how: RepairHow, context: &Context) -> Result<Answer, Error> {
+        let mode = match how {
+            RepairHow::Safe => RepairMode::Safe,
+            RepairHow::All => RepairMode::All,
+        };
+        let repaired = repair(&self.image, mode, self.dry_run, &self.open.options(false, false))?;
+        let mut text = String::new();
+        let would = if self.dry_run { "would change" } else { "changed" };
+        repaired.changes.iter().for_each(|change| text.push_str(&format!("{would}: {change}\n")));
+        repaired.lost.iter().for_each(|lost| text.push_str(&format!("given up: {lost}\n")));
+        repaired.after.iter().for_each(|finding| text.push_str(&line(finding)));
+        if let Some(journal) = &repaired.journal {
+            let name = from_here(journal);
+            let _ = writeln!(text, "the original bytes are in {name}: vhd check --undo-repair puts them back");
+        }
+        let summary = if repaired.ok() { "no errors" } else { "damaged" };
+        let _ = writeln!(text, "{}: {summary}", self.image.display());
+        let document = RepairDocument {
+            path: ShownPath(&self.image),
+            ok: repaired.ok(),
+            changes: &repaired.changes,
+            lost: &repaired.lost,
+            findings: repaired.after.iter().map(finding_document).collect(),
+            undo: repaired.journal.as_deref().map(ShownPath),
+            done: !self.dry_run,
+        };
+        context.print(&text, &document)?;
+        Ok(if repaired.ok() { Answer::Yes } else { Answer::No })
+    }
 }
 
 fn document(report: &Report) -> Document<'_> {
-    let ok = report.ok();
-    let findings = report.findings.iter().map(|finding| FindingDocument {
+    let findings = report.findings.iter().map(finding_document).collect();
+    Document { path: ShownPath(&report.path), ok: report.ok(), findings }
+}
+
+fn finding_document(finding: &Finding) -> FindingDocument {
+    FindingDocument {
         severity: finding.severity.name(),
         code: finding.code.name(),
         place: finding.place.clone(),
         message: finding.message.clone(),
         repairable: finding.repairable,
-    });
-    Document { path: ShownPath(&report.path), ok, findings: findings.collect() }
+    }
+}
+
+fn line(finding: &Finding) -> String {
+    let repairable = if finding.repairable { " (repairable)" } else { "" };
+    let (severity, code) = (finding.severity.name(), finding.code.name());
+    format!("{severity}: {}: {} [{code}]{repairable}\n", finding.place, finding.message)
 }
 
 fn text(report: &Report) -> String {
-    let mut text = String::new();
-    for finding in &report.findings {
-        let repairable = if finding.repairable { " (repairable)" } else { "" };
-        let (severity, code) = (finding.severity.name(), finding.code.name());
-        let _ = writeln!(text, "{severity}: {}: {} [{code}]{repairable}", finding.place, finding.message);
-    }
+    let mut text: String = report.findings.iter().map(line).collect();
     let summary = match (report.ok(), report.findings.is_empty()) {
         (true, true) => "clean",
         (true, false) => "no errors",

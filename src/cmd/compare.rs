@@ -7,6 +7,7 @@ use serde::Serialize;
 use vhd_core::chain::{Chain, is_vhd_name};
 use vhd_core::ops::copy::compare;
 use vhd_core::{Disk, Error};
+use vhd_nbd::source;
 
 use super::ChainArgs;
 use crate::output::{Answer, Context};
@@ -14,7 +15,7 @@ use crate::output::{Answer, Context};
 /// Arguments of `vhd compare`.
 #[derive(Debug, Args)]
 pub struct CompareArgs {
-    /// A VHD or raw file
+    /// A VHD, a raw file, or the URI of an NBD export
     a: PathBuf,
     /// Another
     b: PathBuf,
@@ -36,8 +37,11 @@ pub enum SourceFormat {
 }
 
 /// Opens a disk to read it. A file counts as a VHD by its name or because the user says so: a footer at the end of a raw
-/// file proves nothing, a guest can write one.
+/// file proves nothing, a guest can write one. What an NBD server has is raw: its URI is taken, too.
 pub fn open_source(path: &Path, format: Option<SourceFormat>, open: &ChainArgs) -> Result<Disk, Error> {
+    if let Some(uri) = path.to_str().filter(|text| source::is_uri(text)) {
+        return source::open(uri);
+    }
     let by_name = if is_vhd_name(path) { SourceFormat::Vhd } else { SourceFormat::Raw };
     match format.unwrap_or(by_name) {
         SourceFormat::Vhd => Disk::open(path, &open.options(false, false)),

@@ -10,10 +10,11 @@ use serde::Serialize;
 use uuid::Uuid;
 use vhd_core::block::ZeroMode;
 use vhd_core::chain::{Chain, Layer, RawFile, is_vhd_name};
-use vhd_core::format::{Creator, DEFAULT_BLOCK_SIZE, Timestamp};
+use vhd_core::format::{Creator, DEFAULT_BLOCK_SIZE, DiskType, Timestamp};
 use vhd_core::image::{CreateOptions, Image, NewKind, OpenOptions, create};
 use vhd_core::ops::copy::{copy, read_from, read_to_file, write_to};
-use vhd_core::storage::{FileStorage, LockMode, Storage, replace_file};
+use vhd_core::ops::in_place::InPlaceOptions;
+use vhd_core::storage::{FileStorage, LocalHost, LockMode, Storage, replace_file};
 use vhd_core::{Disk, Error, ErrorKind, Progress};
 
 use super::ChainArgs;
@@ -26,10 +27,20 @@ use crate::sizes;
 /// Arguments of `vhd convert`.
 #[derive(Debug, Args)]
 pub struct ConvertArgs {
-    /// A VHD (with its chain), raw file or device; - for raw bytes on stdin
+    /// A VHD (with its chain), raw file, device, or nbd:// or nbd+unix:// URI; - for raw bytes on stdin
     source: PathBuf,
     /// The file or device to write; - for raw bytes on stdout
-    target: PathBuf,
+    #[arg(required_unless_present = "in_place")]
+    target: Option<PathBuf>,
+    /// Make another type of the source itself, without a second copy of its data
+    #[arg(long, requires = "to", conflicts_with_all = ["target", "size", "align", "overwrite"])]
+    in_place: bool,
+    /// With --in-place: go on although a saved state relies on the image
+    #[arg(long, requires = "in_place")]
+    force: bool,
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    dry_run: bool,
     /// What the source is, where its name does not say
     #[arg(long, value_name = "FORMAT")]
     from: Option<SourceFormat>,
@@ -48,6 +59,9 @@ pub struct ConvertArgs {
     /// Replace an existing file; a raw file or device is written in place
     #[arg(long)]
     overwrite: bool,
+    /// Give the content to an existing image: it keeps its type, its UUID and its layout
+    #[arg(long, conflicts_with_all = ["to", "size", "align", "block_size", "overwrite", "in_place"])]
+    into: bool,
     #[command(flatten)]
     open: ChainArgs,
 }
@@ -81,24 +95,108 @@ impl TargetFormat {
 
 impl ConvertArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
-        if self.source == self.target && !is_stream(&self.source) {
+        if self.in_place {
+            return self.in_place(context);
+        }
+        if self.source == self.target() && !is_stream(&self.source) {
             return Err(Error::new(ErrorKind::InvalidInput, "is source and target at once").at(&self.source));
         }
-        let format = self.to.unwrap_or(if is_vhd_name(&self.target) { TargetFormat::Dynamic } else { TargetFormat::Raw });
-        if is_stream(&self.target) && format != TargetFormat::Raw {
+        if self.into {
+            return self.over_image(context);
+        }
+        let format = self.to.unwrap_or(if is_vhd_name(self.target()) { TargetFormat::Dynamic } else { TargetFormat::Raw });
+        if is_stream(self.target()) && format != TargetFormat::Raw {
             return Err(Error::new(ErrorKind::InvalidInput, "only raw bytes can be written to stdout: leave --to out"));
         }
         let source = if is_stream(&self.source) { None } else { Some(open_source(&self.source, self.from, &self.open)?) };
+        if self.dry_run {
+            return self.plan(context, format, source.as_ref());
+        }
         context.with_progress("convert", |progress| match format {
             TargetFormat::Raw => self.to_raw(context, source.as_ref(), progress),
             TargetFormat::Dynamic => self.to_vhd(context, source.as_ref(), NewKind::Dynamic, progress),
             TargetFormat::Fixed => self.to_vhd(context, source.as_ref(), NewKind::Fixed { preallocate: false }, progress),
         })?;
-        if context.json && !is_stream(&self.target) {
-            context
-                .print("", &Document { source: ShownPath(&self.source), path: ShownPath(&self.target), format: format.name() })?;
+        if context.json && !is_stream(self.target()) {
+            context.print(
+                "",
+                &Document { source: ShownPath(&self.source), path: ShownPath(self.target()), format: format.name() },
+            )?;
         }
         Ok(Answer::Yes)
+    }
+
+    /// Says what a conversion would read and write.
+    fn plan(&self, context: &Context, format: TargetFormat, source: Option<&Disk>) -> Result<Answer, Error> {
+        let Some((source, Some(size))) = source.map(|source| self.size(Some(source)).map(|size| (source, size))).transpose()?
+        else {
+            return Err(Error::new(ErrorKind::InvalidInput, "what comes from stdin is not known before: leave --dry-run out"));
+        };
+        if self.target().exists() && !self.overwrite {
+            return Err(Error::new(ErrorKind::Exists, "exists already; --overwrite replaces it").at(self.target()));
+        }
+        let mut data = 0;
+        source.extents(0..source.size(), &mut |extent| {
+            data += if extent.state.reads_zero() { 0 } else { extent.range.end - extent.range.start };
+            Ok(())
+        })?;
+        let text = format!(
+            "{}: would become {} {}, of {}; {} of data copied at most\n",
+            self.source.display(),
+            format.name(),
+            self.target().display(),
+            sizes::show(size),
+            sizes::show(data)
+        );
+        let document = serde_json::json!({
+            "source": ShownPath(&self.source),
+            "path": ShownPath(self.target()),
+            "type": format.name(),
+            "virtual_size": size,
+            "data": data,
+            "done": false,
+        });
+        context.print(&text, &document)?;
+        Ok(Answer::Yes)
+    }
+
+    /// What is written; never asked for with --in-place.
+    fn target(&self) -> &Path {
+        self.target.as_deref().unwrap_or(Path::new("-"))
+    }
+
+    /// Writes over the content of an image that is there. A larger one reads as zeros behind it.
+    fn over_image(&self, context: &Context) -> Result<Answer, Error> {
+        let source = if is_stream(&self.source) { None } else { Some(open_source(&self.source, self.from, &self.open)?) };
+        let target = Disk::open(self.target(), &self.open.options(true, false))?;
+        context.with_progress("convert", |progress| {
+            self.fill(source.as_ref(), &target, target.size(), false, progress)?;
+            target.close()
+        })?;
+        let format = "image";
+        context.print("", &Document { source: ShownPath(&self.source), path: ShownPath(self.target()), format })?;
+        Ok(Answer::Yes)
+    }
+
+    fn in_place(&self, context: &Context) -> Result<Answer, Error> {
+        let to = match self.to {
+            Some(TargetFormat::Dynamic) => DiskType::Dynamic,
+            Some(TargetFormat::Fixed) => DiskType::Fixed,
+            Some(TargetFormat::Raw) | None => {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    "--in-place makes a fixed or dynamic disk: --to fixed, --to dynamic",
+                ));
+            }
+        };
+        let options = InPlaceOptions {
+            from_raw: self.from == Some(SourceFormat::Raw),
+            block_size: self.block_size.unwrap_or(DEFAULT_BLOCK_SIZE),
+            force: self.force,
+            dry_run: self.dry_run,
+            ..InPlaceOptions::new(to)
+        };
+        super::in_place::run(&self.source, &options, &self.open.options(false, self.force), context)
     }
 
     /// Bytes of the new disk.
@@ -134,13 +232,13 @@ impl ConvertArgs {
             creator: Creator::WINDOWS_10,
             timestamp: Timestamp::now(),
         };
-        replace_file(&self.target, self.overwrite, |storage| {
+        replace_file(&LocalHost, self.target(), self.overwrite, |storage| {
             let is_new = storage.can_grow();
             for note in create(&**storage, &options)?.notes {
-                context.note(&format!("{}: {note}", self.target.display()));
+                context.note(&format!("{}: {note}", self.target().display()));
             }
             let open = OpenOptions { writable: true, background_flush: None, ..OpenOptions::default() };
-            let image = Image::open(Arc::clone(storage) as _, &self.target, &open)?;
+            let image = Image::open(Arc::clone(storage), self.target(), &open)?;
             let fixed = image.layout().is_none();
             let target = Disk::new(Chain::of(Layer::Image(image)));
             // A dynamic disk is new wherever it lies; a fixed one on a device shows what was there.
@@ -173,25 +271,25 @@ impl ConvertArgs {
 
     fn to_raw(&self, context: &Context, source: Option<&Disk>, progress: &Progress) -> Result<(), Error> {
         let size = self.size(source)?;
-        if is_stream(&self.target) {
+        if is_stream(self.target()) {
             return match source {
                 Some(source) => write_to(source, 0..source.size(), &mut io::stdout().lock(), progress),
                 None => Err(Error::new(ErrorKind::InvalidInput, "stdin to stdout: nothing to convert")),
             };
         }
-        if self.overwrite && self.target.exists() {
+        if self.overwrite && self.target().exists() {
             return self.over_raw(source, size, progress);
         }
-        replace_file(&self.target, false, |storage| {
+        replace_file(&LocalHost, self.target(), false, |storage| {
             let Some(size) = size else {
                 let came = read_to_file(&mut Input::new(progress)?, &**storage, progress)?;
                 if came % 512 != 0 {
-                    context.note(&format!("{}: {came} bytes are no whole number of sectors", self.target.display()));
+                    context.note(&format!("{}: {came} bytes are no whole number of sectors", self.target().display()));
                 }
                 return Ok(());
             };
             storage.set_len(size).map_err(|error| Error::io(error, format!("can't grow to {size} bytes")))?;
-            let target = raw_disk(storage, &self.target)?;
+            let target = raw_disk(storage, self.target())?;
             self.fill(source, &target, size, true, progress)?;
             target.close()
         })
@@ -199,27 +297,27 @@ impl ConvertArgs {
 
     /// Writes over an existing raw file or device: its inode stays, and who has it open sees the new content.
     fn over_raw(&self, source: Option<&Disk>, size: Option<u64>, progress: &Progress) -> Result<(), Error> {
-        let storage = Arc::new(FileStorage::open(&self.target, true)?);
+        let storage = Arc::new(FileStorage::open(self.target(), true)?);
         storage.lock(LockMode::Write)?;
-        let is_device = std::fs::metadata(&self.target).is_ok_and(|metadata| metadata.file_type().is_block_device());
+        let is_device = std::fs::metadata(self.target()).is_ok_and(|metadata| metadata.file_type().is_block_device());
         match size {
             Some(size) if !is_device => {
                 storage
                     .set_len(size)
-                    .map_err(|error| Error::io(error, format!("can't become {size} bytes long")).at(&self.target))?;
+                    .map_err(|error| Error::io(error, format!("can't become {size} bytes long")).at(self.target()))?;
             }
             None if !is_device => {
-                storage.set_len(0).map_err(|error| Error::io(error, "can't be emptied").at(&self.target))?;
+                storage.set_len(0).map_err(|error| Error::io(error, "can't be emptied").at(self.target()))?;
                 read_to_file(&mut Input::new(progress)?, &*storage, progress)?;
-                return storage.sync().map_err(|error| Error::io(error, "can't be synced").at(&self.target));
+                return storage.sync().map_err(|error| Error::io(error, "can't be synced").at(self.target()));
             }
             _ => {}
         }
-        let target = raw_disk(&storage, &self.target)?;
+        let target = raw_disk(&(storage as _), self.target())?;
         match (source, size) {
             (Some(source), Some(size)) if target.size() < size => {
                 let message = format!("has room for {} bytes, {} bytes are needed", target.size(), source.size());
-                return Err(Error::new(ErrorKind::NoSpace, message).at(&self.target));
+                return Err(Error::new(ErrorKind::NoSpace, message).at(self.target()));
             }
             // Of a device, only as much is written as the disk has.
             _ => self.fill(source, &target, size.unwrap_or(target.size()), false, progress)?,
@@ -232,6 +330,6 @@ fn is_stream(path: &Path) -> bool {
     path == Path::new("-")
 }
 
-fn raw_disk(storage: &Arc<FileStorage>, path: &Path) -> Result<Disk, Error> {
-    Ok(Disk::new(Chain::of(Layer::Raw(Arc::new(RawFile::new(Arc::clone(storage) as _, path, false)?)))))
+fn raw_disk(storage: &Arc<dyn Storage>, path: &Path) -> Result<Disk, Error> {
+    Ok(Disk::new(Chain::of(Layer::Raw(Arc::new(RawFile::new(Arc::clone(storage), path, false)?)))))
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use uuid::Uuid;
-use vhd_core::chain::{ChildOptions, create_child};
+use vhd_core::chain::{ChildOptions, create_child, create_link};
 use vhd_core::format::{Creator, DEFAULT_BLOCK_SIZE, IDE_LIMIT, Timestamp};
 use vhd_core::image::{CreateOptions, NewKind, create_file};
 use vhd_core::{Error, ErrorKind};
@@ -20,14 +20,17 @@ pub struct CreateArgs {
     /// The image to make
     image: PathBuf,
     /// Bytes of the disk (K, M, G, T); the parent's for a differencing disk
-    #[arg(long, value_parser = sizes::parse, required_unless_present = "parent")]
+    #[arg(long, value_parser = sizes::parse, required_unless_present_any = ["parent", "link"])]
     size: Option<u64>,
     /// Kind of disk
-    #[arg(long = "type", value_name = "TYPE", default_value = "dynamic", conflicts_with = "parent")]
+    #[arg(long = "type", value_name = "TYPE", default_value = "dynamic", conflicts_with_all = ["parent", "link"])]
     disk_type: DiskTypeArg,
     /// Make a differencing disk over this image, or over a raw file (a name without .vhd, .vud or .avhd)
     #[arg(long)]
     parent: Option<PathBuf>,
+    /// Make a linked disk: it stands for this whole device or raw file, and is read to convert it
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["parent", "size", "block_size", "creator", "preallocate"])]
+    link: Option<PathBuf>,
     /// Make the parent read-only, and immutable where that is allowed
     #[arg(long, requires = "parent")]
     protect_parent: bool,
@@ -92,23 +95,23 @@ struct Document<'a> {
 impl CreateArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         let uuid = self.uuid.unwrap_or_else(Uuid::new_v4);
-        let mut created = match &self.parent {
-            Some(parent) => {
+        let mut created = match (&self.parent, &self.link) {
+            (None, Some(device)) => create_link(&self.image, device, uuid.into_bytes(), self.overwrite),
+            (Some(parent), _) => {
                 if self.preallocate == Preallocate::Full {
                     return Err(only_fixed().at(&self.image));
                 }
                 let options = ChildOptions {
                     size: self.size,
                     block_size: self.block_size,
-                    uuid: uuid.into_bytes(),
                     creator: self.creator(),
-                    timestamp: Timestamp::now(),
                     overwrite: self.overwrite,
                     protect_parent: self.protect_parent,
+                    ..ChildOptions::new(uuid.into_bytes())
                 };
                 create_child(&self.image, parent, &options, &self.chain.options(false, false))
             }
-            None => create_file(&self.image, &self.new_options(uuid)?, self.overwrite),
+            (None, None) => create_file(&self.image, &self.new_options(uuid)?, self.overwrite),
         }
         .map_err(|error| error.at(&self.image))?;
         if created.size > IDE_LIMIT {

@@ -1,18 +1,19 @@
 //! `vhd info`
 
 use std::fmt::Write;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
 use uuid::Uuid;
 use vhd_core::Error;
-use vhd_core::chain::{Chain, Layer, read_locators};
+use vhd_core::chain::{Chain, Layer, LinkedDisk, read_locators};
 use vhd_core::format::{DiskType, IDE_LIMIT};
 use vhd_core::image::Image;
 
 use super::ChainArgs;
-use crate::output::{Answer, Context, ShownPath};
+use crate::output::{Answer, Context, ShownPath, output_error};
 use crate::sizes;
 
 /// Arguments of `vhd info`.
@@ -49,7 +50,16 @@ struct Info<'a> {
     geometry_size: u64,
     saved_state: bool,
     parent: Option<ParentInfo<'a>>,
+    /// What a linked disk is linked to.
+    linked: Option<LinkedInfo>,
     warnings: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct LinkedInfo {
+    path: String,
+    size: u64,
+    serial: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -79,11 +89,7 @@ impl InfoArgs {
         let options = self.open.options(false, false);
         if self.chain {
             let chain = Chain::open(&self.image, &options)?;
-            let layers = chain.layers();
-            let images = layers.iter().filter_map(Layer::image).enumerate();
-            let infos: Vec<_> = images
-                .map(|(depth, image)| Info::new(image, layers.get(depth + 1).map(Layer::path), None))
-                .collect::<Result<_, _>>()?;
+            let infos = infos(&chain)?;
             let texts: Vec<_> = infos.iter().map(Info::text).collect();
             context.print(&texts.join("\n"), &infos)?;
             return Ok(Answer::Yes);
@@ -103,6 +109,18 @@ impl InfoArgs {
     }
 }
 
+fn infos(chain: &Chain) -> Result<Vec<Info<'_>>, Error> {
+    let layers = chain.layers();
+    let images = layers.iter().filter_map(Layer::image).enumerate();
+    images.map(|(depth, image)| Info::new(image, layers.get(depth + 1).map(Layer::path), None)).collect()
+}
+
+/// The document of `vhd info --chain` for a chain that is open.
+pub(super) fn write_document(chain: &Chain, out: &mut dyn io::Write) -> Result<(), Error> {
+    let text = serde_json::to_string_pretty(&infos(chain)?).map_err(|error| output_error(error.into()))?;
+    writeln!(out, "{text}").map_err(output_error)
+}
+
 impl<'a> Info<'a> {
     fn new(image: &'a Image, parent: Option<&'a Path>, problem: Option<String>) -> Result<Self, Error> {
         let footer = image.footer();
@@ -113,11 +131,12 @@ impl<'a> Info<'a> {
         if image.size() > IDE_LIMIT {
             warnings.push("larger than 127 GiB: too large for an IDE controller of Virtual PC or Virtual Server".into());
         }
+        let linked = LinkedDisk::of(image)?;
         let (geometry, creator) = (footer.geometry(), footer.creator());
         let created = jiff::Timestamp::try_from(footer.timestamp().to_system_time());
         Ok(Self {
             path: ShownPath(image.path()),
-            disk_type: footer.disk_type().name(),
+            disk_type: if linked.is_some() { "linked" } else { footer.disk_type().name() },
             virtual_size: image.size(),
             original_size: footer.original_size(),
             file_size: storage.len().map_err(host)?,
@@ -133,7 +152,12 @@ impl<'a> Info<'a> {
             geometry: GeometryInfo { cylinders: geometry.cylinders, heads: geometry.heads, sectors: geometry.sectors },
             geometry_size: geometry.size(),
             saved_state: footer.saved_state(),
-            parent: parent_info(image, parent)?,
+            parent: if linked.is_some() { None } else { parent_info(image, parent)? },
+            linked: linked.map(|linked| LinkedInfo {
+                path: linked.path.display().to_string(),
+                size: linked.size,
+                serial: linked.serial,
+            }),
             warnings,
         })
     }
@@ -170,6 +194,10 @@ impl<'a> Info<'a> {
                     format!("{} {}", locator.code, locator.path.as_deref().map_or("(opaque)".into(), |path| format!("{path:?}"))),
                 );
             }
+        }
+        if let Some(linked) = &self.linked {
+            let serial = linked.serial.as_deref().unwrap_or("no serial number");
+            line("linked to", format!("{}, {}, {serial}", linked.path, sizes::show(linked.size)));
         }
         for warning in &self.warnings {
             line("warning", warning.clone());

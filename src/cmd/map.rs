@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
-use vhd_core::block::Extent;
+use vhd_core::block::{BlockDevice, Extent};
 use vhd_core::{Disk, Error};
 
 use super::ChainArgs;
@@ -43,14 +43,28 @@ impl MapArgs {
         out.write_all(if context.json { b"[" } else { head.as_bytes() }).map_err(output_error)?;
         let mut first = true;
         disk.extents(all, &mut |extent| {
-            let path = disk.layer_path(extent.depth).unwrap_or(&self.image);
-            let written = if context.json { json(&mut out, &extent, path, first) } else { line(&mut out, &extent, path) };
+            let path = disk.layer_path(extent.depth).unwrap_or_else(|| self.image.clone());
+            let written = if context.json { json(&mut out, &extent, &path, first) } else { line(&mut out, &extent, &path) };
             first = false;
             written.map_err(output_error)
         })?;
         out.write_all(if context.json { b"\n]\n" } else { b"" }).and_then(|()| out.flush()).map_err(output_error)?;
         Ok(Answer::Yes)
     }
+}
+
+/// The document of `vhd map` for a disk that is open.
+pub(super) fn write_document(disk: &dyn BlockDevice, out: &mut dyn Write) -> Result<(), Error> {
+    let mut out = out;
+    out.write_all(b"[").map_err(output_error)?;
+    let mut first = true;
+    disk.extents(0..disk.capabilities().size, &mut |extent| {
+        let path = disk.layer_path(extent.depth).unwrap_or_default();
+        let written = json(&mut out, &extent, &path, first);
+        first = false;
+        written.map_err(output_error)
+    })?;
+    out.write_all(b"\n]\n").map_err(output_error)
 }
 
 fn json(out: &mut impl Write, extent: &Extent, path: &Path, first: bool) -> io::Result<()> {

@@ -1,16 +1,27 @@
 //! The commands, one file each: its arguments, what it does, its text and its JSON.
 
+mod bench;
 mod check;
+mod compact;
 mod compare;
 mod completions;
 mod convert;
 mod create;
+mod ctl;
 mod diff;
+mod in_place;
 mod info;
 mod map;
+mod merge;
 mod mount;
 mod read;
+mod reparent;
+mod resize;
+mod run;
+mod serve;
+mod undo;
 mod unmount;
+mod vm;
 mod write;
 
 use std::path::PathBuf;
@@ -19,6 +30,8 @@ use clap::{Args, Subcommand, ValueEnum};
 use vhd_core::Error;
 use vhd_core::chain::{ChainOptions, ParentPolicy};
 use vhd_core::image::{OpenOptions, SizePolicy};
+
+pub use mount::helper::{Helped, translate as mount_helper};
 
 use crate::output::{Answer, Context};
 
@@ -39,6 +52,16 @@ pub enum Command {
     Compare(compare::CompareArgs),
     /// List the ranges that changed between two images of one chain
     Diff(diff::DiffArgs),
+    /// Make images as small as what they hold
+    Compact(compact::CompactArgs),
+    /// Move what an image holds into one further down its chain
+    Merge(merge::MergeArgs),
+    /// Give an image another size
+    Resize(resize::ResizeArgs),
+    /// Tell an image where its parent is, or give it another
+    Reparent(reparent::ReparentArgs),
+    /// Keep changes apart, and commit or discard them later
+    Undo(undo::UndoArgs),
     /// Write a range of the disk to stdout
     Read(read::ReadArgs),
     /// Write stdin to the disk; durable when it returns
@@ -47,6 +70,16 @@ pub enum Command {
     Mount(mount::MountArgs),
     /// End a mount; returns when the image is closed
     Unmount(unmount::UnmountArgs),
+    /// Say how fast this machine reads this image
+    Bench(bench::BenchArgs),
+    /// Serve images over NBD
+    Serve(serve::ServeArgs),
+    /// Ask a running serve or mount
+    Ctl(ctl::CtlArgs),
+    /// Run a virtual machine whose disks these are
+    Run(run::RunArgs),
+    /// Tell a running virtual machine what to do
+    Vm(vm::VmArgs),
     /// Print completions for a shell
     Completions(completions::CompletionsArgs),
 }
@@ -62,10 +95,20 @@ impl Command {
             Self::Convert(args) => args.run(context),
             Self::Compare(args) => args.run(context),
             Self::Diff(args) => args.run(context),
+            Self::Compact(args) => args.run(context),
+            Self::Merge(args) => args.run(context),
+            Self::Resize(args) => args.run(context),
+            Self::Reparent(args) => args.run(context),
+            Self::Undo(args) => args.run(context),
             Self::Read(args) => args.run(),
             Self::Write(args) => args.run(context),
             Self::Mount(args) => args.run(context),
             Self::Unmount(args) => args.run(context),
+            Self::Bench(args) => args.run(context),
+            Self::Serve(args) => args.run(context),
+            Self::Ctl(args) => args.run(context),
+            Self::Run(args) => args.run(context),
+            Self::Vm(args) => args.run(context),
             Self::Completions(args) => args.run(),
         }
     }
@@ -86,6 +129,9 @@ pub struct ChainArgs {
     /// Which size in the footer counts
     #[arg(long, value_name = "WHICH")]
     pub force_size: Option<ForceSize>,
+    /// Move data past the host's page cache, where the file system can
+    #[arg(long)]
+    pub direct: bool,
     /// Wrong checksums are warnings; read-only
     #[arg(long)]
     pub tolerant: bool,
@@ -119,6 +165,8 @@ impl ChainArgs {
                 parent_dirs: self.parent_dir.clone(),
                 raw_parent: self.raw_parent.clone(),
             },
+            direct: self.direct,
+            ..ChainOptions::default()
         }
     }
 }

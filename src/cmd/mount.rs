@@ -1,5 +1,8 @@
 //! `vhd mount`
 
+mod control;
+pub mod helper;
+
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
@@ -7,35 +10,54 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use clap::Args;
-use vhd_core::{Disk, Error};
-use vhd_fuse::{DISK_FILE, MountOptions, StopSignals};
+use serde_json::{Value, json};
+use vhd_core::chain::ChainOptions;
+use vhd_core::ops::undo;
+use vhd_core::partition::PartitionTable;
+use vhd_core::{Disk, Error, ErrorKind, LiveDisk};
+use vhd_fuse::{Contents, DISK_FILE, MountOptions, Mounted, StopSignals};
+use vhd_service::runtime;
 
-use super::ChainArgs;
+use super::{ChainArgs, info, map};
 use crate::output::{Answer, Context, ShownPath};
+use crate::sizes;
 
-/// What the background process says on its stdout when the files are there. Anything else it says is an error's
-/// document, with `--json`.
+/// What the background process says on its stdout when the files are there, before a document. Anything else it says
+/// is an error's document, with `--json`.
 const READY: &str = "ready\n";
 
 /// Arguments of `vhd mount`.
 #[derive(Debug, Args)]
 pub struct MountArgs {
-    /// The image
+    /// The image; with --fs, :pN after it names a partition
     image: PathBuf,
-    /// The folder where disk.raw appears
+    /// A folder, where disk.raw, p1 and so on, and layers appear; or a file, which becomes the disk
     target: PathBuf,
+    /// Mount the file system of the partition, or of a disk that has one only
+    #[arg(long)]
+    fs: bool,
     /// Refuse all writes
     #[arg(long)]
     read_only: bool,
+    /// Keep what is written apart, in an undo disk beside the image; vhd unmount can commit or discard it
+    #[arg(long, conflicts_with = "read_only")]
+    undo: bool,
+    /// The folder of the undo disk
+    #[arg(long, value_name = "DIR", requires = "undo")]
+    undo_dir: Option<PathBuf>,
     /// Serve from this process and return when it is unmounted; SIGTERM, SIGINT and SIGHUP unmount it
     #[arg(long)]
     foreground: bool,
-    /// Words with commas as for mount(8): ro, rw, allow_other, sync, uid=N, gid=N, umask=N
+    /// Words with commas as for mount(8): ro, rw, allow_other, sync, uid=N, gid=N, umask=N; with --fs, others are the
+    /// file system's
     #[arg(short = 'o', value_name = "OPTIONS")]
     options: Vec<String>,
     /// Write even if a saved state or a child relies on the image
     #[arg(long)]
     force: bool,
+    /// Tell of it when the image's volume has less room than this; vhd ctl list shows what was told
+    #[arg(long, value_name = "SIZE", value_parser = sizes::parse, default_value = "256M")]
+    low_space: u64,
     /// Be the background process that another one started
     #[arg(long, hide = true)]
     daemon: bool,
@@ -43,33 +65,110 @@ pub struct MountArgs {
     open: ChainArgs,
 }
 
+/// How the arguments want it.
+struct Wanted {
+    image: PathBuf,
+    /// The partition, by number.
+    partition: Option<u32>,
+    options: MountOptions,
+    /// Words for the file system, with `--fs`.
+    inside: Vec<String>,
+}
+
 impl MountArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         if !self.foreground && !self.daemon {
             // A word that is wrong is better found before there is a second process.
-            self.mount_options()?;
+            self.wanted()?;
             return self.start_daemon(context);
         }
         // First of all, so that no thread is left that a signal could end.
         let stop = StopSignals::block()?;
-        let options = self.mount_options()?;
-        let disk = Disk::open(&self.image, &self.open.options(!options.read_only, self.force))?;
-        let mounted = vhd_fuse::mount(disk, &self.target, &options)?;
+        let wanted = self.wanted()?;
+        let live = self.open_image(&wanted, context)?;
+        let (disk, metrics) = control::counted(&live);
+        let (mounted, by) = match self.fs {
+            true => self.mount_inside(&disk, &wanted)?,
+            false => (vhd_fuse::mount(contents(&live, disk)?, &self.target, &wanted.options)?, None),
+        };
+        let target = self.target.canonicalize().unwrap_or_else(|_| self.target.clone());
+        let served_at = mounted.target().to_owned();
+        let service = control::start(&live, metrics, &target, wanted.options.read_only, self.low_space)?;
+        let file = if served_at.is_dir() { served_at.join(DISK_FILE) } else { served_at.clone() };
+        let document = json!({
+            "target": ShownPath(&target),
+            "file": ShownPath(&file),
+            "pid": std::process::id(),
+            "filesystem": by,
+            "control": service.socket.as_deref().map(ShownPath),
+        });
         if self.daemon {
-            leave_terminal().map_err(|error| Error::io(error, "can't go to the background").at(&self.target))?;
+            leave_terminal(&document).map_err(|error| Error::io(error, "can't go to the background").at(&self.target))?;
         } else {
-            report(context, mounted.target(), std::process::id())?;
+            report(context, &document)?;
         }
-        mounted.wait(Some(&stop))?;
+        let ended = mounted.wait(Some(&stop));
+        if self.fs {
+            let _ = std::fs::remove_dir(&served_at);
+        }
+        ended?;
         Ok(Answer::Yes)
     }
 
-    fn mount_options(&self) -> Result<MountOptions, Error> {
+    fn wanted(&self) -> Result<Wanted, Error> {
         let mut options = MountOptions::default();
-        self.options.iter().try_for_each(|list| options.apply(list))?;
+        let mut inside = Vec::new();
+        for list in &self.options {
+            match self.fs {
+                true => inside.extend(options.apply_for_inside(list)?),
+                false => options.apply(list)?,
+            }
+        }
         // What is tolerated is not written to.
         options.read_only |= self.read_only || self.open.tolerant;
-        Ok(options)
+        let (image, partition) = if self.fs { split(&self.image) } else { (self.image.clone(), None) };
+        // The background process leaves the folder that it was started in.
+        Ok(Wanted { image: absolute(&image)?, partition, options, inside })
+    }
+
+    /// Opens the image, or its undo disk.
+    fn open_image(&self, wanted: &Wanted, context: &Context) -> Result<LiveDisk, Error> {
+        let mut chain = self.open.options(!wanted.options.read_only, self.force);
+        for path in chain.parents.parent_dirs.iter_mut().chain(&mut chain.parents.raw_parent) {
+            *path = absolute(path)?;
+        }
+        if !self.undo {
+            return LiveDisk::open(&wanted.image, &chain);
+        }
+        let dir = self.undo_dir.as_deref().map(absolute).transpose()?;
+        let dir = dir.as_deref();
+        let undo = undo::undo_of(&wanted.image.canonicalize().unwrap_or_else(|_| wanted.image.clone()), dir)?;
+        if undo.exists() {
+            context.note(&format!("{}: goes on with what was written to it before", undo.display()));
+        } else {
+            let images = std::slice::from_ref(&wanted.image);
+            let (_, notes) = undo::start(images, dir, &self.open.options(false, self.force))?;
+            notes.iter().for_each(|note| context.note(note));
+        }
+        beside(&wanted.image, &mut chain);
+        LiveDisk::open(&undo, &chain)
+    }
+
+    /// Mounts the disk where only this user sees it, and the file system of a partition on the target.
+    fn mount_inside(&self, disk: &Disk, wanted: &Wanted) -> Result<(Mounted, Option<String>), Error> {
+        let table = PartitionTable::read(disk)?;
+        let name = file_with(&table, wanted)?;
+        let hidden = runtime::folder()?.join(format!("fs-{}", std::process::id()));
+        std::fs::create_dir(&hidden).map_err(|error| Error::io(error, "can't be made to mount on").at(&hidden))?;
+        let mounted = vhd_fuse::mount(Contents::from(disk.clone()).with_partitions(&table), &hidden, &wanted.options);
+        let result = mounted.and_then(|mut mounted| {
+            match mounted.mount_inside(&name, &self.target, &wanted.inside, wanted.options.read_only) {
+                Ok(by) => Ok((mounted, Some(by))),
+                // The disk is closed, too.
+                Err(error) => mounted.end().and(Err(error)),
+            }
+        });
+        result.inspect_err(|_| drop(std::fs::remove_dir(&hidden)))
     }
 
     /// Runs this command again as a process of its own, and returns when it serves. (A fork would be less, but has no
@@ -77,6 +176,9 @@ impl MountArgs {
     fn start_daemon(&self, context: &Context) -> Result<Answer, Error> {
         let failed = |error: io::Error| Error::io(error, "can't start the background process").at(&self.target);
         let mut arguments: Vec<_> = std::env::args_os().collect();
+        if let Some(helper::Helped::Run(translated)) = helper::translate(&arguments) {
+            arguments = translated;
+        }
         let options_end = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
         arguments.insert(options_end, "--daemon".into());
         // By its name, for `ps`; but a file that was replaced meanwhile is not this program.
@@ -90,9 +192,9 @@ impl MountArgs {
         if let Some(stdout) = &mut daemon.stdout {
             stdout.read_to_end(&mut said).map_err(failed)?;
         }
-        if said == READY.as_bytes() {
-            let target = self.target.canonicalize().unwrap_or_else(|_| self.target.clone());
-            report(context, &target, daemon.id())?;
+        if let Some(document) = said.strip_prefix(READY.as_bytes()) {
+            let document = serde_json::from_slice(document).map_err(|error| failed(error.into()))?;
+            report(context, &document)?;
             return Ok(Answer::Yes);
         }
         let status = daemon.wait().map_err(failed)?;
@@ -102,17 +204,67 @@ impl MountArgs {
     }
 }
 
-/// Nothing for people, to whom success is silent.
-fn report(context: &Context, target: &Path, pid: u32) -> Result<(), Error> {
-    let file = target.join(DISK_FILE);
-    context.print("", &serde_json::json!({ "target": ShownPath(target), "file": ShownPath(&file), "pid": pid }))
+/// For people only what mounted the file system: otherwise success is silent.
+fn report(context: &Context, document: &Value) -> Result<(), Error> {
+    if let Some(by) = document["filesystem"].as_str() {
+        context.note(&format!("{}: {by}", document["target"].as_str().unwrap_or_default()));
+    }
+    context.print("", document)
+}
+
+/// All there is to be seen of a disk.
+fn contents(live: &LiveDisk, disk: Disk) -> Result<Contents, Error> {
+    let table = PartitionTable::read(&disk)?;
+    let (of_info, of_map) = (live.clone(), live.clone());
+    Ok(Contents::from(disk)
+        .with_partitions(&table)
+        .with_layers(live.layers()?)
+        .with_document("info.json", move |out| of_info.with_chain(|chain| info::write_document(chain, out)))
+        .with_document("map.json", move |out| map::write_document(&*of_map.disk(), out)))
+}
+
+/// Takes the partition off `IMAGE:pN`, unless there is a file of that name.
+fn split(image: &Path) -> (PathBuf, Option<u32>) {
+    let text = image.to_str().filter(|_| !image.exists());
+    let parts = text.and_then(|text| text.rsplit_once(":p"));
+    match parts.and_then(|(image, number)| Some((PathBuf::from(image), number.parse().ok()?))) {
+        Some((image, number)) => (image, Some(number)),
+        None => (image.to_owned(), None),
+    }
+}
+
+/// The name of the file that holds the file system.
+fn file_with(table: &PartitionTable, wanted: &Wanted) -> Result<String, Error> {
+    let refused = |message: String| Err(Error::new(ErrorKind::InvalidInput, message).at(&wanted.image));
+    let numbers: Vec<_> = table.partitions.iter().map(|partition| format!("p{}", partition.number)).collect();
+    match (wanted.partition, numbers.as_slice()) {
+        (Some(number), _) if table.get(number).is_some() => Ok(format!("p{number}")),
+        (Some(number), []) => refused(format!("has no partition p{number}: no partition table was found")),
+        (Some(number), _) => refused(format!("has no partition p{number}, expected one of {}", numbers.join(" "))),
+        (None, []) if table.problems.is_empty() => Ok(DISK_FILE.to_owned()),
+        (None, []) => {
+            refused(format!("has a partition table without a partition that can be used: {}", table.problems.join("; ")))
+        }
+        (None, [one]) => Ok(one.clone()),
+        (None, several) => refused(format!("has {} partitions, so say which with :pN: {}", several.len(), several.join(" "))),
+    }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, Error> {
+    std::path::absolute(path).map_err(|error| Error::io(error, "has no absolute path").at(path))
+}
+
+/// With the image's folder among those where parents are looked for: its undo disk may be elsewhere.
+fn beside(image: &Path, chain: &mut ChainOptions) {
+    let folder = image.canonicalize().ok().and_then(|image| image.parent().map(PathBuf::from));
+    chain.parents.parent_dirs.extend(folder);
 }
 
 /// Says that the mount is ready, and lets go of the terminal, its session and the current folder.
-fn leave_terminal() -> io::Result<()> {
+fn leave_terminal(document: &Value) -> io::Result<()> {
     nix::unistd::setsid()?;
     nix::unistd::chdir("/")?;
-    io::stdout().write_all(READY.as_bytes())?;
+    write!(io::stdout(), "{READY}{document}")?;
     io::stdout().flush()?;
     let null = File::options().write(true).open("/dev/null")?;
     nix::unistd::dup2_stderr(&null)?;

@@ -1,10 +1,12 @@
 //! Every state that a power cut may leave.
 //!
 //! The medium: what was synced is there; of what was not, any part may be, in any order; a sector of 512 bytes is whole;
-//! a file's length and its data persist apart; bytes that never reached the medium read as zeros.
+//! a file's length and its data persist apart; bytes that never reached the medium read as zeros. Names of files persist
+//! apart from their content, each change of one whole or not at all, in any order until their folder was synced.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
 
 use crate::record::{Event, SECTOR};
 
@@ -13,10 +15,45 @@ use crate::record::{Event, SECTOR};
 pub struct CrashState {
     /// Content of each file.
     pub files: Vec<Vec<u8>>,
+    /// The file that each name leads to.
+    pub names: Names,
     /// Events before the cut.
     pub cut: usize,
     /// Which of the events that were not durable reached the medium.
     pub how: String,
+}
+
+/// The numbers of files by their names.
+pub type Names = BTreeMap<PathBuf, usize>;
+
+impl CrashState {
+    /// Puts the files that have a name into a folder, which is emptied first.
+    ///
+    /// # Panics
+    /// When they can't be written.
+    pub fn put_into(&self, folder: &Path) {
+        put_files(folder, &self.files, &self.names);
+    }
+}
+
+/// Puts files into a folder, which is emptied first; folders in it stay.
+///
+/// # Panics
+/// When they can't be written.
+pub fn put_files(folder: &Path, files: &[Vec<u8>], names: &Names) {
+    empty(folder);
+    for (name, file) in names {
+        let path = folder.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, &files[*file]).unwrap();
+    }
+}
+
+fn empty(folder: &Path) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { empty(&path) } else { std::fs::remove_file(path).unwrap() }
+    }
 }
 
 /// How many states are made.
@@ -81,12 +118,34 @@ impl Medium {
                 }
             }
             Event::SetLen { len, .. } => self.bytes.resize(*len as usize, 0),
-            Event::Sync { .. } | Event::Mark(_) => {}
+            _ => {}
         }
     }
 }
 
-/// The events of one file that are not durable at a cut.
+/// Applies a change of a name, where there is still what it changes.
+fn rename(names: &mut Names, event: &Event) {
+    match event {
+        Event::Create { file, name } => drop(names.insert(name.clone(), *file)),
+        Event::Rename { from, to } => {
+            if let Some(file) = names.remove(from) {
+                names.insert(to.clone(), file);
+            }
+        }
+        Event::Remove { name } => drop(names.remove(name)),
+        _ => {}
+    }
+}
+
+/// The folder whose names an event changes.
+fn folder_of(event: &Event) -> Option<&Path> {
+    match event {
+        Event::Create { name, .. } | Event::Remove { name } | Event::Rename { to: name, .. } => name.parent(),
+        _ => None,
+    }
+}
+
+/// The events that are not durable at a cut.
 type Loose<'a> = Vec<(usize, &'a Event)>;
 
 /// Calls `visit` with each state that a power cut after any event may leave, each state once as long as the client was
@@ -100,29 +159,41 @@ pub fn crash_states(
     effort: Effort,
     visit: &mut dyn FnMut(&CrashState) -> Result<(), String>,
 ) -> Result<usize, String> {
-    let mut durable: Vec<_> = initial.iter().map(|bytes| Medium { bytes: bytes.clone() }).collect();
-    let mut loose: Vec<Loose<'_>> = vec![Vec::new(); initial.len()];
+    crash_states_of(initial, &Names::new(), events, effort, visit)
+}
+
+/// As [`crash_states`], of files that have names.
+///
+/// # Errors
+/// As there.
+pub fn crash_states_of(
+    initial: &[Vec<u8>],
+    names: &Names,
+    events: &[Event],
+    effort: Effort,
+    visit: &mut dyn FnMut(&CrashState) -> Result<(), String>,
+) -> Result<usize, String> {
+    let mut durable = Durable { files: Vec::new(), names: names.clone() };
+    durable.files.extend(initial.iter().map(|bytes| Medium { bytes: bytes.clone() }));
+    let created = events.iter().filter(|event| matches!(event, Event::Create { .. })).count();
+    durable.files.resize(initial.len() + created, Medium { bytes: Vec::new() });
+    let mut loose: Loose<'_> = Vec::new();
     let mut random = Random::new(effort.seed);
     let mut seen = HashSet::new();
     let mut count = 0;
     for cut in 0..=events.len() {
         if let Some(event) = cut.checked_sub(1).map(|last| &events[last]) {
             match event {
-                Event::Write { file, .. } | Event::SetLen { file, .. } => loose[*file].push((cut - 1, event)),
-                Event::Sync { file } => {
-                    for (_, event) in loose[*file].drain(..) {
-                        durable[*file].apply(event, |_| true);
-                    }
-                }
+                Event::Sync { .. } | Event::SyncFolder { .. } => durable.sync(event, &mut loose),
                 // What was told changes what is permitted: the same bytes are judged again.
                 Event::Mark(_) => seen.clear(),
+                _ => loose.push((cut - 1, event)),
             }
         }
-        let all: Loose<'_> = loose.iter().flatten().copied().collect();
-        for choice in choices(&all, effort, &mut random) {
-            let state = build(&durable, &all, &choice, cut);
+        for choice in choices(&loose, effort, &mut random) {
+            let state = build(&durable, &loose, &choice, cut);
             let mut hasher = DefaultHasher::new();
-            state.files.hash(&mut hasher);
+            (&state.files, &state.names).hash(&mut hasher);
             if seen.insert(hasher.finish()) {
                 count += 1;
                 visit(&state)
@@ -131,6 +202,37 @@ pub fn crash_states(
         }
     }
     Ok(count)
+}
+
+/// What is on the medium for certain.
+#[derive(Clone, Debug)]
+struct Durable {
+    files: Vec<Medium>,
+    names: Names,
+}
+
+impl Durable {
+    fn apply(&mut self, event: &Event, mask: impl Fn(usize) -> bool) {
+        match event {
+            Event::Write { file, .. } | Event::SetLen { file, .. } => self.files[*file].apply(event, mask),
+            _ => rename(&mut self.names, event),
+        }
+    }
+
+    /// A barrier: what it covers is no longer loose.
+    fn sync(&mut self, barrier: &Event, loose: &mut Loose<'_>) {
+        loose.retain(|(_, event)| {
+            let covered = match (barrier, event) {
+                (Event::Sync { file }, Event::Write { file: other, .. } | Event::SetLen { file: other, .. }) => file == other,
+                (Event::SyncFolder { folder }, _) => folder_of(event) == Some(folder),
+                _ => false,
+            };
+            if covered {
+                self.apply(event, |_| true);
+            }
+            !covered
+        });
+    }
 }
 
 /// Which events arrive; for torn ones, which sectors.
@@ -165,15 +267,14 @@ fn choices(loose: &Loose<'_>, effort: Effort, random: &mut Random) -> Vec<Choice
     choices
 }
 
-fn build(durable: &[Medium], loose: &Loose<'_>, choice: &Choice, cut: usize) -> CrashState {
-    let mut files = durable.to_vec();
+fn build(durable: &Durable, loose: &Loose<'_>, choice: &Choice, cut: usize) -> CrashState {
+    let mut medium = durable.clone();
     let mut arrived = Vec::new();
     let mut chance = match choice {
         Choice::Torn(seed) | Choice::Some(seed) => Random::new(*seed),
         _ => Random::new(0),
     };
     for (index, &(number, event)) in loose.iter().enumerate() {
-        let (Event::Write { file, .. } | Event::SetLen { file, .. }) = event else { continue };
         let whole = match choice {
             Choice::Whole(bits) => bits >> index & 1 == 1,
             Choice::AllBut(left_out) => index != *left_out,
@@ -185,19 +286,19 @@ fn build(durable: &[Medium], loose: &Loose<'_>, choice: &Choice, cut: usize) -> 
                     _ => vec![chance.below(2) == 1],
                 };
                 if sectors[0] || matches!(event, Event::Write { .. }) {
-                    files[*file].apply(event, |sector| sectors[sector]);
+                    medium.apply(event, |sector| sectors[sector]);
                 }
                 arrived.push(format!("{number}*"));
                 false
             }
         };
         if whole {
-            files[*file].apply(event, |_| true);
+            medium.apply(event, |_| true);
             arrived.push(number.to_string());
         }
     }
     let how = format!("of {} loose events arrived: {}", loose.len(), arrived.join(" "));
-    CrashState { files: files.into_iter().map(|file| file.bytes).collect(), cut, how }
+    CrashState { files: medium.files.into_iter().map(|file| file.bytes).collect(), names: medium.names, cut, how }
 }
 
 #[cfg(test)]

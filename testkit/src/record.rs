@@ -2,6 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -34,6 +35,30 @@ pub enum Event {
     Sync {
         /// File.
         file: usize,
+    },
+    /// A new file, empty.
+    Create {
+        /// File.
+        file: usize,
+        /// Its name.
+        name: PathBuf,
+    },
+    /// A file has another name, and what had that name is gone.
+    Rename {
+        /// Old name.
+        from: PathBuf,
+        /// New name.
+        to: PathBuf,
+    },
+    /// A name is gone.
+    Remove {
+        /// The name.
+        name: PathBuf,
+    },
+    /// The names of this folder are durable.
+    SyncFolder {
+        /// Folder.
+        folder: PathBuf,
     },
     /// Something that the client did or was told; the number means something to the test.
     Mark(u64),
@@ -103,30 +128,46 @@ impl Journal {
         self.searches.load(Ordering::SeqCst)
     }
 
-    fn push(&self, event: Event) {
+    pub(crate) fn push(&self, event: Event) {
         self.events.lock().unwrap().push(event);
+    }
+
+    /// Counts a barrier, and notes it unless it is the one that is left out.
+    pub(crate) fn barrier(&self, event: Event) {
+        let n = self.syncs.fetch_add(1, Ordering::SeqCst);
+        if n != self.dropped.load(Ordering::SeqCst) {
+            self.push(event);
+        }
     }
 }
 
-/// A file in memory whose changes go to a [`Journal`].
+/// A file whose changes go to a [`Journal`].
 #[derive(Debug)]
 pub struct RecordingStorage {
-    live: MemoryStorage,
+    live: Arc<dyn Storage>,
     file: usize,
     journal: Journal,
 }
 
 impl RecordingStorage {
-    /// File number `file` of the journal, with this content.
+    /// File number `file` of the journal, in memory, with this content.
     #[must_use]
     pub fn new(bytes: Vec<u8>, file: usize, journal: &Journal) -> Self {
-        Self { live: MemoryStorage::new(bytes), file, journal: journal.clone() }
+        Self::over(Arc::new(MemoryStorage::new(bytes)), file, journal)
+    }
+
+    /// File number `file` of the journal.
+    #[must_use]
+    pub fn over(live: Arc<dyn Storage>, file: usize, journal: &Journal) -> Self {
+        Self { live, file, journal: journal.clone() }
     }
 
     /// The content as the running process sees it.
     #[must_use]
     pub fn to_vec(&self) -> Vec<u8> {
-        self.live.to_vec()
+        let mut bytes = vec![0; self.live.len().unwrap() as usize];
+        self.live.read_at(&mut bytes, 0).unwrap();
+        bytes
     }
 
     /// Records the sectors of a range as they are now; the last may be cut short by the end of the file.
@@ -171,10 +212,7 @@ impl Storage for RecordingStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let n = self.journal.syncs.fetch_add(1, Ordering::SeqCst);
-        if n != self.journal.dropped.load(Ordering::SeqCst) {
-            self.journal.push(Event::Sync { file: self.file });
-        }
+        self.journal.barrier(Event::Sync { file: self.file });
         Ok(())
     }
 

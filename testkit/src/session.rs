@@ -308,8 +308,13 @@ fn parent() -> Vec<u8> {
 }
 
 fn child() -> Vec<u8> {
-    let link =
-        ParentLink { uuid: [1; 16], name: "parent.vhd".into(), relative: "parent.vhd".into(), absolute: "/parent.vhd".into() };
+    let link = ParentLink {
+        uuid: [1; 16],
+        name: "parent.vhd".into(),
+        relative: "parent.vhd".into(),
+        absolute: "/parent.vhd".into(),
+        own: None,
+    };
     new_image(NewKind::Differencing(link), 2)
 }
 

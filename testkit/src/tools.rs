@@ -53,6 +53,14 @@ fn package_of(name: &str) -> &str {
         "qemu-img" | "qemu-io" => "qemu-utils",
         "vhdimount" | "vhdiinfo" => "libvhdi-utils",
         "fusermount3" => "fuse3",
+        "nbdinfo" | "nbdcopy" | "nbdfuse" => "libnbd-bin",
+        "qemu-system-x86_64" => "qemu-system-x86",
+        "mkfs.ext4" | "mke2fs" | "debugfs" | "dumpe2fs" | "e2fsck" => "e2fsprogs",
+        "mkfs.fat" | "fsck.fat" => "dosfstools",
+        "mkfs.ntfs" | "ntfsinfo" | "ntfscp" | "ntfsfix" | "ntfs-3g" => "ntfs-3g",
+        "mkswap" => "util-linux",
+        "sgdisk" => "gdisk",
+        "sfdisk" => "fdisk",
         other => other,
     }
 }

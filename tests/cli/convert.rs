@@ -205,3 +205,48 @@ fn notes_name_the_new_image() {
     let output = expect(vhd(dir, "convert a.raw a.vhd"), 0, "convert");
     assert_eq!(text(&output.stderr), "vhd: note: a.vhd: smaller than 3 MiB: Windows refuses it\n");
 }
+
+#[test]
+fn in_place_and_back() {
+    let folder = source();
+    let dir = folder.path();
+    let raw = fs::read(dir.join("disk.raw")).unwrap();
+    fs::copy(dir.join("disk.raw"), dir.join("disk.vhd")).unwrap();
+    done(dir, "convert disk.vhd --in-place --to fixed --from raw");
+    done(dir, "check --deep disk.vhd");
+    for (to, from) in [("dynamic", "fixed"), ("fixed", "dynamic")] {
+        let planned = json(dir, &format!("convert --in-place --to {to} disk.vhd --dry-run"), 0);
+        assert_eq!((planned["from"].as_str(), planned["done"].as_bool()), (Some(from), Some(false)));
+        assert_eq!(json(dir, "info disk.vhd", 0)["type"], from);
+        assert_eq!(json(dir, &format!("convert --in-place --to {to} disk.vhd"), 0)["done"], true);
+        assert_eq!(json(dir, "info disk.vhd", 0)["type"], to);
+        done(dir, "check --deep disk.vhd");
+        done(dir, "compare disk.vhd disk.raw");
+        assert!(allocated(&dir.join("disk.vhd")) < 6 << 20);
+    }
+    assert!(refused(dir, "convert --in-place --to fixed disk.vhd").contains("already"));
+    assert!(refused(dir, "convert --in-place --to raw disk.vhd").contains("--to fixed"));
+    assert!(fs::read(dir.join("disk.raw")).unwrap() == raw);
+}
+
+#[test]
+fn an_existing_image_takes_a_content_and_stays_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    fs::write(dir.join("new.img"), noise(7, 3 << 20)).unwrap();
+    done(dir, "create base.vhd --size 8M");
+    expect(vhd_fed(dir, "write base.vhd --offset 6M", &noise(8, 1 << 20)), 0, "write");
+    done(dir, "create leaf.vhd --parent base.vhd");
+    let uuid = json(dir, "info leaf.vhd", 0)["uuid"].clone();
+    done(dir, "convert --into new.img leaf.vhd");
+    assert_eq!(json(dir, "info leaf.vhd", 0)["uuid"], uuid);
+    // What the source has not is zero, whatever the parent holds.
+    let mut expected = noise(7, 3 << 20);
+    expected.resize(8 << 20, 0);
+    assert!(vhd(dir, "read leaf.vhd --offset 0 --length 8M").stdout == expected);
+    fs::write(dir.join("large.img"), [0; 512]).unwrap();
+    File::options().write(true).open(dir.join("large.img")).unwrap().set_len(9 << 20).unwrap();
+    assert!(refused(dir, "convert --into large.img leaf.vhd").contains("8388608"));
+    assert!(vhd(dir, "read leaf.vhd --offset 0 --length 8M").stdout == expected);
+    assert!(refused(dir, "convert --into new.img missing.vhd").contains("missing.vhd"));
+}

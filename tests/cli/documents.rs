@@ -314,6 +314,11 @@ fn json_is_one_document() {
     assert_eq!(json(dir, "info missing.vhd", 2)["error"]["kind"], "not-found");
     assert_eq!(json(dir, "create a.vhd --size 1M", 2)["error"]["kind"], "exists");
     assert_eq!(json(dir, "frobnicate", 2)["error"]["kind"], "usage");
+    // Without it the reason is one line.
+    for line in ["frobnicate", "info", "info a b", "info --bogus a", "create a.vhd", "create a.vhd --size 3Q", "undo start"] {
+        let said = refused(dir, line);
+        assert!(said.contains("; see vhd") && said.ends_with("--help\n"), "{said}");
+    }
     let incomplete = json(dir, "info", 2);
     assert!(incomplete["error"]["message"].as_str().unwrap().contains("IMAGE"), "says what is missing: {incomplete}");
 }

@@ -5,9 +5,12 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod bad_input;
+mod bench;
 mod chains;
 mod convert;
 mod documents;
 mod endings;
+mod machines;
+mod operations;
 #[path = "../support/mod.rs"]
 mod support;

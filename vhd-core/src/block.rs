@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use crate::image::ZeroMode;
@@ -120,7 +120,7 @@ pub trait BlockDevice: Send + Sync {
     fn extents(&self, range: Range<u64>, visit: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()>;
 
     /// The file that a layer is in; 0 is the leaf.
-    fn layer_path(&self, depth: usize) -> Option<&Path>;
+    fn layer_path(&self, depth: usize) -> Option<PathBuf>;
 
     /// Flushes and gives back what the host lent. The disk may be used afterwards.
     ///
@@ -140,7 +140,13 @@ impl Disk {
     /// A disk over any device.
     #[must_use]
     pub fn new(device: impl BlockDevice + 'static) -> Self {
-        Self { capabilities: Arc::new(device.capabilities()), device: Arc::new(device) }
+        Self::of(Arc::new(device))
+    }
+
+    /// A disk over a device that others use too.
+    #[must_use]
+    pub fn of(device: Arc<dyn BlockDevice>) -> Self {
+        Self { capabilities: Arc::new(device.capabilities()), device }
     }
 
     /// What it is and can do.

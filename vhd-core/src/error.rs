@@ -44,6 +44,30 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
+    const ALL: [Self; 15] = [
+        Self::Io,
+        Self::NoSpace,
+        Self::NotVhd,
+        Self::Corrupt,
+        Self::Unsupported,
+        Self::Parent,
+        Self::Locked,
+        Self::Refused,
+        Self::ReadOnly,
+        Self::OutOfRange,
+        Self::Latched,
+        Self::NotFound,
+        Self::Exists,
+        Self::InvalidInput,
+        Self::Cancelled,
+    ];
+
+    /// The kind that has this word.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
     /// The word for this kind in JSON.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -102,6 +126,13 @@ impl Error {
     #[must_use]
     pub fn at(mut self, path: &Path) -> Self {
         self.0.path.get_or_insert_with(|| path.to_owned());
+        self
+    }
+
+    /// Names this file instead of the one that a layer below knew.
+    #[must_use]
+    pub fn about(mut self, path: &Path) -> Self {
+        self.0.path = Some(path.to_owned());
         self
     }
 

@@ -11,12 +11,17 @@ pub mod block;
 pub mod chain;
 pub mod error;
 pub mod format;
+pub mod guestfs;
 pub mod image;
+pub mod intent;
 pub mod layout;
+pub mod live;
 pub mod ops;
+pub mod partition;
 pub mod progress;
 pub mod storage;
 
 pub use block::Disk;
 pub use error::{Error, ErrorKind, Result};
+pub use live::LiveDisk;
 pub use progress::Progress;

@@ -548,6 +548,7 @@ fn any_image() -> impl Strategy<Value = Vec<u8>> {
         name: "base.vhd".into(),
         relative: "base.vhd".into(),
         absolute: "/vm/base.vhd".into(),
+        own: None,
     };
     prop_oneof![
         (0..specs().len()).prop_map(|index| specs()[index].to_bytes().0),

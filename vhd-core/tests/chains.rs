@@ -10,13 +10,15 @@
 mod support;
 
 use std::fs;
+use std::io::IoSliceMut;
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 use vhd_core::chain::{Chain, create_child, read_locators};
 use vhd_core::format::PlatformCode;
 use vhd_core::image::NewKind;
-use vhd_core::{Disk, ErrorKind};
+use vhd_core::ops::resize::{ResizeOptions, resize};
+use vhd_core::{Disk, ErrorKind, Progress};
 use vhd_testkit::fixture::{BlockFill, FixtureSpec, Kind, Layout, Locator, Parent};
 use vhd_testkit::reference::ReferenceChain;
 use vhd_testkit::tools::VhdiMount;
@@ -201,7 +203,7 @@ fn a_parent_dir_is_searched_by_identifier() {
     let mut with = options(true);
     with.parents.parent_dirs = vec![folder.path().join("missing"), elsewhere.clone()];
     let disk = Disk::open(&path, &with).unwrap();
-    assert_eq!(disk.layer_path(1), Some(&*elsewhere.join("renamed.vhd")));
+    assert_eq!(disk.layer_path(1), Some(elsewhere.join("renamed.vhd")));
     assert!(read_all(&disk) == spec.guest(&base().guest(&[])));
     // Not by name: another image of the parent's name is no parent.
     with.parents.parent_dirs = vec![folder.path().join("vm")];
@@ -309,4 +311,33 @@ fn a_child_may_be_larger_than_its_parent_and_not_smaller() {
     let error = create_child(&leaf, &base, &larger, &options(false)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
     assert_eq!(open(&leaf, false).size(), 3 * MIB + 512, "what was there is still there");
+}
+
+/// The layers below the leaf are remembered by stretches of the disk; one may be larger than the leaf.
+#[test]
+fn a_layer_reads_the_same_as_its_own_leaf_however_often() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |n: u64| folder.path().join(format!("{n}.vhd"));
+    const MIB: u64 = 1 << 20;
+    new_image(&path(0), NewKind::Dynamic, 4 * MIB + 512, 512 << 10);
+    for n in 0..4 {
+        if n > 0 {
+            new_child(&path(n), &path(n - 1));
+        }
+        let disk = open(&path(n), true);
+        (0..40).for_each(|k| disk.write_at(&[n as u8 + 1; 1536], (k * 7919 * (n + 1)) % (4 * MIB - 1536)).unwrap());
+        disk.write_at(&[n as u8 + 0x10; 512], 4 * MIB).unwrap();
+    }
+    let how = ResizeOptions { shrink: true, discard_data: true, ..ResizeOptions::default() };
+    resize(&path(3), 300 << 10, &how, &options(true), &Progress::default()).unwrap();
+    let expected: Vec<_> = (0..4).map(|n| read_all(&open(&path(n), false))).collect();
+    let chain = Chain::open(&path(3), &options(false)).unwrap();
+    for _ in 0..3 {
+        for depth in 0..4 {
+            let expected = &expected[3 - depth];
+            let mut bytes = vec![0xEE; expected.len()];
+            chain.read_layer(depth, &mut [IoSliceMut::new(&mut bytes)], 0).unwrap();
+            assert!(bytes == *expected, "depth {depth}");
+        }
+    }
 }

@@ -16,7 +16,7 @@ use vhd_testkit::fuzz;
 /// A target: its name, and what it does.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 7] = [
+const TARGETS: [Target; 10] = [
     ("footer_roundtrip", fuzz::footer_roundtrip),
     ("open_image", fuzz::open_image),
     ("mutate_image", fuzz::mutate_image),
@@ -24,6 +24,9 @@ const TARGETS: [Target; 7] = [
     ("disk_ops", fuzz::disk_ops),
     ("chain_resolve", fuzz::chain_resolve),
     ("crash_ops", fuzz::crash_ops),
+    ("guest_fs", fuzz::guest_fs),
+    ("block_rings", fuzz::block_rings),
+    ("partition_table", fuzz::partition_table),
 ];
 
 fn replay((name, target): Target) {
@@ -81,6 +84,8 @@ fn every_target_is_replayed() {
     let mut binaries: Vec<_> =
         fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path().file_stem().unwrap().to_owned()).collect();
     let mut replayed: Vec<OsString> = TARGETS.map(|(name, _)| name.into()).into();
+    // In `vhd-nbd/tests/fuzz_replay.rs`.
+    replayed.push("nbd_session".into());
     binaries.sort();
     replayed.sort();
     assert_eq!(binaries, replayed);
@@ -89,4 +94,19 @@ fn every_target_is_replayed() {
 #[test]
 fn crash_ops_holds_on_its_corpus() {
     replay(TARGETS[6]);
+}
+
+#[test]
+fn guest_fs_holds_on_its_corpus() {
+    replay(TARGETS[7]);
+}
+
+#[test]
+fn block_rings_holds_on_its_corpus() {
+    replay(TARGETS[8]);
+}
+
+#[test]
+fn partition_table_holds_on_its_corpus() {
+    replay(TARGETS[9]);
 }

@@ -21,7 +21,7 @@ use crate::filesystem::MAX_TRANSFER;
 use crate::options::MountOptions;
 use crate::unmount::one_line;
 
-/// Mounts on the folder `target`, as `source` in the mount table: by itself where the process may, else with the
+/// Mounts on `target`, a folder or a regular file, as `source` in the mount table: by itself where the process may, else with the
 /// helper for ordinary users.
 pub(crate) fn attach(target: &Path, source: &str, options: &MountOptions, read_only: bool) -> io::Result<OwnedFd> {
     // The kernel checks owners and modes. What is not given here is decided by the helper or the kernel.
@@ -44,8 +44,9 @@ fn attach_directly(target: &Path, source: &str, words: &[String], sync: bool, re
         _ => error,
     })?;
     let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
-    // 40000 is a folder.
-    let numbers = format!("fd={},rootmode=40000,user_id={uid},group_id={gid}", device.as_raw_fd());
+    // What is seen there is of the kind of what it is seen on: a folder, or a regular file.
+    let root = if target.is_dir() { "40000" } else { "100000" };
+    let numbers = format!("fd={},rootmode={root},user_id={uid},group_id={gid}", device.as_raw_fd());
     let data = format!("{numbers},{}", words.join(","));
     let mut flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
     flags.set(MsFlags::MS_RDONLY, read_only);

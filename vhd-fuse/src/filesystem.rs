@@ -1,8 +1,12 @@
 //! Answers to the kernel.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fuser::{
@@ -13,6 +17,7 @@ use fuser::{
 use nix::libc;
 
 use crate::buffer;
+use crate::document::Document;
 use crate::gate::{Gate, Pass};
 use crate::options::MountOptions;
 use crate::server;
@@ -43,6 +48,10 @@ pub(crate) struct DiskFiles {
     uid: u32,
     gid: u32,
     identity: String,
+    /// Texts that are open, by handle.
+    texts: Mutex<HashMap<u64, Arc<File>>>,
+    /// The handle of the next text. Other files need none: theirs is 0.
+    next_handle: AtomicU64,
     /// The kernel keeps cached pages right when others go past them (since Linux 6.6).
     coherent_direct_io: bool,
 }
@@ -57,6 +66,8 @@ impl DiskFiles {
             tree,
             gate,
             options,
+            texts: Mutex::default(),
+            next_handle: AtomicU64::new(1),
             coherent_direct_io: false,
         })
     }
@@ -67,6 +78,7 @@ impl DiskFiles {
         match self.node(number)?.content {
             Content::File(ref view) => Ok((pass, view)),
             Content::Folder => Err(Errno::EISDIR),
+            Content::Document(_) => Err(Errno::EINVAL),
         }
     }
 
@@ -84,8 +96,9 @@ impl DiskFiles {
                 let mode = self.options.file_mode(view.read_only());
                 (FileType::RegularFile, mode, view.len(), allocated, Some(view.modified()))
             }
+            Content::Document(text) => (FileType::RegularFile, self.options.file_mode(true), text.len(), 0, None),
         };
-        // A folder changes when the mount does: never.
+        // Others change when the mount does: never.
         let time = modified.or_else(|| self.tree.files().next().map(View::modified));
         let time = time.unwrap_or(std::time::UNIX_EPOCH);
         Ok(FileAttr {
@@ -107,18 +120,44 @@ impl DiskFiles {
         })
     }
 
-    fn open_flags(&self, number: INodeNo, flags: OpenFlags) -> Result<FopenFlags, Errno> {
+    fn open_file(&self, number: INodeNo, flags: OpenFlags) -> Result<(FileHandle, FopenFlags), Errno> {
+        let writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
+        if let Content::Document(text) = &self.node(number)?.content {
+            return if writing { Err(Errno::EROFS) } else { self.open_text(text) };
+        }
         let (_pass, view) = self.file(number)?;
-        if flags.acc_mode() != OpenAccMode::O_RDONLY && view.read_only() {
+        if writing && view.read_only() {
             return Err(Errno::EROFS);
         }
-        // Nobody else changes the disk while it is mounted, so what is cached stays true.
-        let mut answer = FopenFlags::FOPEN_KEEP_CACHE;
+        // Nobody else changes the disk while it is mounted, so what is cached stays true until another view is written.
+        let mut answer = FopenFlags::empty();
+        answer.set(FopenFlags::FOPEN_KEEP_CACHE, view.cache_is_current());
         if flags.0 & libc::O_DIRECT != 0 && self.coherent_direct_io {
             // O_DIRECT works without this too, but then the kernel lets only one write in at a time.
             answer |= FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
         }
-        Ok(answer)
+        Ok((FileHandle(0), answer))
+    }
+
+    fn open_text(&self, text: &Document) -> Result<(FileHandle, FopenFlags), Errno> {
+        let _pass = self.gate.enter().ok_or(Errno::ENOTCONN)?;
+        let file = text.open().map_err(|error| {
+            tracing::error!("{error}");
+            Errno::EIO
+        })?;
+        let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        self.texts().insert(handle, Arc::new(file));
+        // Read as far as it goes, whatever size the kernel knows.
+        Ok((FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO))
+    }
+
+    fn read_text(&self, handle: FileHandle, buf: &mut [u8], offset: u64) -> Result<usize, Errno> {
+        let file = self.texts().get(&handle.0).map(Arc::clone).ok_or(Errno::EBADF)?;
+        file.read_at(buf, offset).map_err(Errno::from)
+    }
+
+    fn texts(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<File>>> {
+        self.texts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What may be set: nothing but times, and what already is so.
@@ -142,7 +181,7 @@ impl DiskFiles {
         let children = self.tree.children(number).map(|(child, node)| {
             let kind = match node.content {
                 Content::Folder => FileType::Directory,
-                Content::File(_) => FileType::RegularFile,
+                Content::File(_) | Content::Document(_) => FileType::RegularFile,
             };
             (child, kind, node.name.as_os_str())
         });
@@ -220,14 +259,30 @@ impl Filesystem for DiskFiles {
     }
 
     fn open(&self, _request: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        answer!(reply, self.open_flags(number, flags), flags => reply.opened(FileHandle(0), flags));
+        answer!(reply, self.open_file(number, flags), (handle, flags) => reply.opened(handle, flags));
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        _number: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        if handle.0 != 0 {
+            self.texts().remove(&handle.0);
+        }
+        reply.ok();
     }
 
     fn read(
         &self,
         _request: &Request,
         number: INodeNo,
-        _handle: FileHandle,
+        handle: FileHandle,
         offset: u64,
         size: u32,
         _flags: OpenFlags,
@@ -236,7 +291,10 @@ impl Filesystem for DiskFiles {
     ) {
         let len = size.min(MAX_TRANSFER) as usize;
         buffer::with(len, |buf| {
-            let done = self.file(number).and_then(|(_pass, view)| view.read(buf, offset));
+            let done = match handle.0 {
+                0 => self.file(number).and_then(|(_pass, view)| view.read(buf, offset)),
+                _ => self.read_text(handle, buf, offset),
+            };
             answer!(reply, done, len => reply.data(&buf[..len]));
         });
     }

@@ -8,52 +8,56 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use fuser::{Config, INodeNo, Session, SessionACL};
+use fuser::{Config, Session, SessionACL};
 use rustix::event::{PollFd, PollFlags};
 use vhd_core::{Disk, Error, ErrorKind, Result};
 
+use crate::contents::Contents;
 use crate::device::attach;
 use crate::filesystem::{DiskFiles, MAX_TRANSFER};
 use crate::gate::Gate;
 use crate::options::MountOptions;
 use crate::server::wait_readable;
 use crate::signals::StopSignals;
-use crate::tree::{Content, Tree};
 use crate::unmount::{Detach, detach, one_line};
-use crate::view::View;
-use crate::{DISK_FILE, SUBTYPE};
+use crate::{SUBTYPE, inside, mountinfo};
 
 /// How long those who still use a mount have, once it was told to end.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Mounts `disk` as files on the folder `target`. When this returns the files are there; they are served until
-/// [`Mounted::wait`] or [`Mounted::end`] returns, or what is returned here is dropped.
+/// The same for a file system on the mount, which has to write what it has in memory.
+const INSIDE_GRACE: Duration = Duration::from_secs(30);
+
+/// Mounts a disk on `target`: as files on a folder, or the disk alone on a regular file. When this returns they are
+/// there; they are served until [`Mounted::wait`] or [`Mounted::end`] returns, or what is returned here is dropped.
 ///
 /// # Errors
-/// `InvalidInput` when the target is no folder; `Io` when it can't be mounted. The disk is closed then.
-pub fn mount(disk: Disk, target: &Path, options: &MountOptions) -> Result<Mounted> {
-    serve(&disk, target, options).inspect_err(|_| {
+/// `InvalidInput` when the target is neither, or the image itself; `Io` when it can't be mounted. The disk is closed then.
+pub fn mount(contents: impl Into<Contents>, target: &Path, options: &MountOptions) -> Result<Mounted> {
+    let contents = contents.into();
+    let disk = contents.disk.clone();
+    serve(contents, target, options).inspect_err(|_| {
         if let Err(error) = disk.close() {
             tracing::error!("{error}");
         }
     })
 }
 
-fn serve(disk: &Disk, target: &Path, options: &MountOptions) -> Result<Mounted> {
+fn serve(contents: Contents, target: &Path, options: &MountOptions) -> Result<Mounted> {
     let target = target.canonicalize().map_err(|error| Error::io(error, "can't find it").at(target))?;
-    if !target.is_dir() {
-        return Err(Error::new(ErrorKind::InvalidInput, "is not a folder; give a folder to mount on").at(&target));
-    }
+    let is_folder = target.is_dir();
+    let disk = &contents.disk.clone();
+    check_target(&target, disk)?;
     let failed = |error: io::Error| {
         let reason = error.to_string();
         Error::new(ErrorKind::Io, format!("can't mount here: {}", one_line(&reason))).at(&target)
     };
 
-    let mut tree = Tree::new();
-    let whole = View::whole(disk.clone(), options.read_only);
-    let read_only = whole.read_only();
-    tree.add(INodeNo::ROOT, DISK_FILE, Content::File(whole));
-    let files = tree.paths().iter().map(|path| target.join(path)).collect();
+    let read_only = options.read_only || disk.capabilities().read_only;
+    let tree = contents.into_tree(is_folder, options.read_only);
+    // The root's path is empty, and joined with it a file would get a slash at its end.
+    let join = |path: &PathBuf| if is_folder { target.join(path) } else { target.clone() };
+    let files = tree.paths().iter().map(join).collect();
     let gate = Arc::new(Gate::default());
     let filesystem = DiskFiles::new(tree, Arc::clone(&gate), options.clone()).map_err(failed)?;
     let handle = attach(&target, &source(disk), options, read_only).map_err(failed)?;
@@ -76,7 +80,20 @@ fn serve(disk: &Disk, target: &Path, options: &MountOptions) -> Result<Mounted> 
     // Asked of the mount itself: it answers.
     let device = device(&target).map_err(undone)?;
     raise_readahead(device);
-    Ok(Mounted { disk: disk.clone(), target, files, device, gate, ended, serving: Some(serving) })
+    Ok(Mounted { disk: disk.clone(), target, files, device, gate, ended, serving: Some(serving), inside: None })
+}
+
+/// A folder or a regular file, and none that the image itself is.
+fn check_target(target: &Path, disk: &Disk) -> Result<()> {
+    let invalid = |message: &str| Err(Error::new(ErrorKind::InvalidInput, message).at(target));
+    if !target.is_dir() && !target.is_file() {
+        return invalid("is neither a folder nor a regular file; give one of these to mount on");
+    }
+    let layers = (0..disk.capabilities().layers).filter_map(|depth| disk.layer_path(depth)?.canonicalize().ok());
+    if layers.into_iter().any(|path| path == target) {
+        return invalid("is the image itself, which would be hidden; give a folder or another file to mount on");
+    }
+    Ok(())
 }
 
 fn config(options: &MountOptions) -> Config {
@@ -95,7 +112,7 @@ fn default_threads() -> usize {
 
 /// The image, as what is mounted: in the mount table, and so in `findmnt` and `df`.
 fn source(disk: &Disk) -> String {
-    let path = disk.layer_path(0).map(|path| path.canonicalize().unwrap_or_else(|_| path.to_owned()));
+    let path = disk.layer_path(0).map(|path| path.canonicalize().unwrap_or(path));
     path.map_or_else(|| SUBTYPE.to_owned(), |path| path.to_string_lossy().into_owned())
 }
 
@@ -125,6 +142,8 @@ pub struct Mounted {
     ended: PipeReader,
     /// Gone once the mount has ended.
     serving: Option<JoinHandle<io::Result<()>>>,
+    /// A file system on one of the files, which goes first.
+    inside: Option<PathBuf>,
 }
 
 impl Mounted {
@@ -132,6 +151,30 @@ impl Mounted {
     #[must_use]
     pub fn target(&self) -> &Path {
         &self.target
+    }
+
+    /// Mounts the file system that is in one of the files, given by its name, on the folder `at`. From now on this mount
+    /// ends when that one does, and the other way round. Returns what mounted it.
+    ///
+    /// # Errors
+    /// `Unsupported` when nothing here can; as it fails.
+    pub fn mount_inside(&mut self, name: &str, at: &Path, options: &[String], read_only: bool) -> Result<String> {
+        let at = at.canonicalize().map_err(|error| Error::io(error, "can't find it").at(at))?;
+        let by = inside::mount(&self.target.join(name), &at, options, read_only)?;
+        self.inside = Some(at.clone());
+        let target = self.target.clone();
+        let watching = thread::Builder::new().name("fuse-inside".to_owned()).spawn(move || {
+            if let Err(error) = mountinfo::wait_until_gone(&at) {
+                tracing::warn!("{}: can't tell when it is unmounted: {error}", at.display());
+                return;
+            }
+            // Who mounted it may still hold the file, to write what is left.
+            if let Err(error) = detach(&target, Detach::Lazily) {
+                tracing::debug!("{error}");
+            }
+        });
+        watching.map_err(|error| Error::io(error, "can't watch it").at(&self.target))?;
+        Ok(by)
     }
 
     /// Waits until it is unmounted from outside, or one of `signals` came and [`Mounted::end`] did its work. Then the
@@ -170,10 +213,15 @@ impl Mounted {
     fn finish(&mut self, signals: Option<&StopSignals>) -> Result<()> {
         let Some(serving) = self.serving.take() else { return Ok(()) };
         // The disk is closed whether or not the end can be waited for.
+        let inside = self.inside.take();
         let has_ended = |signals, timeout| self.wait_for_end(signals, Some(timeout)).unwrap_or(false);
         let unmounted = has_ended(None, Duration::ZERO) || {
+            let grace = if inside.is_some() { INSIDE_GRACE } else { GRACE };
+            if let Some(inside) = &inside {
+                take_away(inside);
+            }
             self.unmount();
-            has_ended(signals, GRACE)
+            has_ended(signals, grace)
         };
         // From here on nothing is written, whoever still holds a file: what the close makes durable is all there is.
         self.gate.close();
@@ -207,6 +255,14 @@ impl Mounted {
         if let Err(error) = detach(&self.target, Detach::Lazily) {
             tracing::warn!("{error}");
         }
+    }
+}
+
+/// Unmounts the file system on a mount: out of sight at least.
+fn take_away(inside: &Path) {
+    let gone = detach(inside, Detach::Now).or_else(|_| detach(inside, Detach::Lazily));
+    if let Err(error) = gone {
+        tracing::debug!("{error}");
     }
 }
 

@@ -1,9 +1,12 @@
 //! What is mounted where, as `/proc/self/mountinfo` tells it.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// A mount.
 #[derive(Debug, PartialEq, Eq)]
@@ -12,6 +15,8 @@ pub(crate) struct MountEntry {
     pub(crate) target: PathBuf,
     /// The kind of file system, with its subtype: `fuse.vhd`.
     pub(crate) kind: String,
+    /// What is mounted: for a mount of ours, the image.
+    pub(crate) source: PathBuf,
 }
 
 /// The mount that is seen at a path: of several, the last.
@@ -20,13 +25,29 @@ pub(crate) fn at(target: &Path) -> io::Result<Option<MountEntry>> {
     Ok(table.split(|byte| *byte == b'\n').filter_map(parse).rfind(|entry| entry.target == target))
 }
 
+/// Waits until nothing is mounted at a path.
+pub(crate) fn wait_until_gone(target: &Path) -> io::Result<()> {
+    let table = File::open("/proc/self/mountinfo")?;
+    while at(target)?.is_some() {
+        // A change is told as an error and an exceptional state. Time runs out too: between the look and the wait the
+        // table may have changed.
+        let second = Timespec { tv_sec: 1, tv_nsec: 0 };
+        match poll(&mut [PollFd::new(&table, PollFlags::PRI)], Some(&second)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
 /// `ID PARENT MAJOR:MINOR ROOT TARGET OPTIONS [FIELD...] - KIND SOURCE OPTIONS`
 fn parse(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|byte| *byte == b' ');
     let target = unescape(fields.by_ref().nth(4)?);
     fields.by_ref().find(|field| *field == b"-")?;
     let kind = String::from_utf8_lossy(fields.next()?).into_owned();
-    Some(MountEntry { target: PathBuf::from(OsString::from_vec(target)), kind })
+    let [target, source] = [target, unescape(fields.next()?)].map(|path| PathBuf::from(OsString::from_vec(path)));
+    Some(MountEntry { target, kind, source })
 }
 
 /// Blanks and the like are written `\040`.
@@ -52,6 +73,7 @@ mod tests {
         let entry = parse(line).unwrap();
         assert_eq!(entry.target, Path::new(r"/mnt/a b\c"));
         assert_eq!(entry.kind, "fuse.vhd");
+        assert_eq!(entry.source, Path::new("/img x.vhd"));
         assert_eq!(parse(b"1 0 8:1 / / rw - ext4 /dev/sda1 rw").unwrap().kind, "ext4");
         assert_eq!(parse(b""), None);
         assert_eq!(parse(b"1 0 8:1 / /"), None);

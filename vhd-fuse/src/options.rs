@@ -21,8 +21,8 @@ pub struct MountOptions {
     pub threads: Option<usize>,
 }
 
-/// Words of mount(8), fstab and systemd that are for others, or that change nothing for files like these.
-const IGNORED: &[&str] = &[
+/// Words of mount(8), fstab and systemd that no file system sees.
+const FOR_MOUNT: &[&str] = &[
     "defaults",
     "auto",
     "noauto",
@@ -33,6 +33,12 @@ const IGNORED: &[&str] = &[
     "owner",
     "group",
     "_netdev",
+    "loop",
+    "default_permissions",
+];
+
+/// Words that change nothing for files like these.
+const IGNORED: &[&str] = &[
     "dev",
     "nodev",
     "suid",
@@ -57,7 +63,6 @@ const IGNORED: &[&str] = &[
     "nomand",
     "async",
     "dirsync",
-    "default_permissions",
     "nosymfollow",
     "symfollow",
 ];
@@ -68,10 +73,37 @@ impl MountOptions {
     /// # Errors
     /// `InvalidInput` for a word that nobody knows, or a value that makes no sense.
     pub fn apply(&mut self, list: &str) -> Result<()> {
-        list.split(',').filter(|word| !word.is_empty()).try_for_each(|word| self.apply_word(word))
+        self.apply_all(list, &mut |word| {
+            let message = format!(
+                "unknown mount option '{word}'; known are ro, rw, allow_other, sync, uid=, gid=, umask= and those of mount(8)"
+            );
+            Err(Error::new(ErrorKind::InvalidInput, message))
+        })
     }
 
-    fn apply_word(&mut self, word: &str) -> Result<()> {
+    /// As [`Self::apply`], but takes only `ro` and `rw`, and returns those of the others that a file system on the disk is
+    /// to be mounted with.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub fn apply_for_inside(&mut self, list: &str) -> Result<Vec<String>> {
+        let mut others = Vec::new();
+        for word in words(list) {
+            match word {
+                "ro" | "rw" => self.apply(word)?,
+                _ if FOR_MOUNT.contains(&word) || is_comment(word) => {}
+                _ => others.push(word.to_owned()),
+            }
+        }
+        Ok(others)
+    }
+
+    fn apply_all(&mut self, list: &str, unknown: &mut dyn FnMut(&str) -> Result<()>) -> Result<()> {
+        words(list).try_for_each(|word| if self.apply_word(word)? { Ok(()) } else { unknown(word) })
+    }
+
+    /// False for a word that nobody knows.
+    fn apply_word(&mut self, word: &str) -> Result<bool> {
         let (name, value) = word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value)));
         match (name, value) {
             ("ro", None) => self.read_only = true,
@@ -84,19 +116,11 @@ impl MountOptions {
                 let umask = number(word, value, 8)?;
                 self.umask = Some(u16::try_from(umask).ok().filter(|umask| *umask <= 0o777).ok_or_else(|| bad(word))?);
             }
-            ("comment", Some(_)) => {}
-            _ if name.starts_with("x-") || name.starts_with("X-") => {}
-            (_, None) if IGNORED.contains(&name) => {}
-            _ => {
-                return Err(Error::new(
-                    ErrorKind::InvalidInput,
-                    format!(
-                        "unknown mount option '{word}'; known are ro, rw, allow_other, sync, uid=, gid=, umask= and those of mount(8)"
-                    ),
-                ));
-            }
+            _ if is_comment(word) => {}
+            (_, None) if FOR_MOUNT.contains(&name) || IGNORED.contains(&name) => {}
+            _ => return Ok(false),
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Mode bits of a file.
@@ -109,6 +133,14 @@ impl MountOptions {
     pub(crate) fn folder_mode(&self) -> u16 {
         0o555 & !self.umask.unwrap_or(0)
     }
+}
+
+fn words(list: &str) -> impl Iterator<Item = &str> {
+    list.split(',').filter(|word| !word.is_empty())
+}
+
+fn is_comment(word: &str) -> bool {
+    word.starts_with("x-") || word.starts_with("X-") || word.starts_with("comment=")
 }
 
 fn number(word: &str, value: &str, radix: u32) -> Result<u32> {

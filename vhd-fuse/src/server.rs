@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use vhd_core::{Error, ErrorKind, Result};
 
 /// The attribute. It is not listed, so that nobody copies it.
 pub(crate) const ATTRIBUTE: &str = "user.vhd.server";
@@ -43,6 +44,17 @@ impl Server {
         // Looked at after the handle was taken, so that both are of the same process.
         let same = start_time(pid).is_ok_and(|found| found == start);
         same.then_some(Self { pid, handle })
+    }
+
+    /// `Refused` when it is stopped, so that to wait for it would be for ever.
+    pub(crate) fn check_runs(&self) -> Result<()> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        if !stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't'])) {
+            return Ok(());
+        }
+        let pid = self.pid;
+        let message = format!("process {pid}, which serves it, is stopped; let it go on with kill -CONT {pid}, then try again");
+        Err(Error::new(ErrorKind::Refused, message))
     }
 
     /// Waits until it has ended; false when it has not within `timeout`.

@@ -5,14 +5,17 @@ use std::path::PathBuf;
 
 use fuser::INodeNo;
 
+use crate::document::Document;
 use crate::view::View;
 
 /// What a node is.
 pub(crate) enum Content {
     /// A folder.
     Folder,
-    /// A file.
+    /// A range of a disk.
     File(View),
+    /// A text.
+    Document(Document),
 }
 
 /// A name in a folder.
@@ -32,8 +35,8 @@ pub(crate) struct Tree {
 
 impl Tree {
     /// A root and nothing in it.
-    pub(crate) fn new() -> Self {
-        let root = Node { parent: INodeNo::ROOT, name: OsString::new(), content: Content::Folder };
+    pub(crate) fn new(content: Content) -> Self {
+        let root = Node { parent: INodeNo::ROOT, name: OsString::new(), content };
         Self { nodes: vec![root] }
     }
 
@@ -64,15 +67,15 @@ impl Tree {
         self.nodes.len()
     }
 
-    /// Every file.
+    /// Every range of a disk.
     pub(crate) fn files(&self) -> impl Iterator<Item = &View> {
         self.nodes.iter().filter_map(|node| match &node.content {
             Content::File(view) => Some(view),
-            Content::Folder => None,
+            Content::Folder | Content::Document(_) => None,
         })
     }
 
-    /// The path of every file, from the root.
+    /// The path of every range of a disk, from the root.
     pub(crate) fn paths(&self) -> Vec<PathBuf> {
         let files = self.nodes.iter().filter(|node| matches!(node.content, Content::File(_)));
         files.map(|node| self.path(node)).collect()

@@ -3,52 +3,175 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use vhd_core::{Error, ErrorKind, Result};
 
 use crate::server::Server;
-use crate::{DISK_FILE, SUBTYPE, mountinfo};
+use crate::{DISK_FILE, SUBTYPE, inside, mountinfo};
 
 /// A server that closes its image for longer than this is worth a word.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Unmounts what `mount` mounted, in any process, and returns when the image is flushed and closed. A mount whose
-/// server died is cleared. When it takes long, `note` is told why, in one line.
+/// A server that says nothing for so long has stopped, or its host has.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// A mount that is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unmounted {
+    /// The image that was shown, as the mount table had it.
+    pub image: PathBuf,
+}
+
+/// The image that is shown by a mount of ours at `target`, or by the one below the file system that is there.
 ///
 /// # Errors
-/// `InvalidInput` when there is no mount of ours; `Refused` when it is in use; what the flush failed with. After
-/// `NoSpace` it is still mounted, so that nothing is lost; after another failure of the flush it is not.
-pub fn unmount(target: &Path, note: &mut dyn FnMut(&str)) -> Result<()> {
-    let failed = |error: io::Error, doing: &str| Error::io(error, doing).at(target);
-    let place = resolve(target).map_err(|error| failed(error, "can't find it"))?;
-    check_is_ours(&place)?;
-    let server = match Server::of(&place) {
+/// `InvalidInput` when there is no mount of ours.
+pub fn image_at(target: &Path) -> Result<PathBuf> {
+    Ok(Found::at(target)?.image)
+}
+
+/// Unmounts what `mount` mounted, in any process, and returns when the image is flushed and closed; a file system that is
+/// mounted from it goes first. A mount whose server died is cleared. When it takes long, `note` is told why, in one
+/// line. With `force` it is ended at once, and what its server did not write is lost.
+///
+/// # Errors
+/// `InvalidInput` when there is no mount of ours; `Refused` when it is in use, or its server is stopped; what the flush
+/// failed with. After `NoSpace` it is still mounted, so that nothing is lost; after another failure of the flush it is not.
+pub fn unmount(target: &Path, force: bool, note: &mut dyn FnMut(&str)) -> Result<Unmounted> {
+    let found = Found::at(target)?;
+    let image = found.image.clone();
+    if force {
+        found.give_up()?;
+        return Ok(Unmounted { image });
+    }
+    check_answers(&found.place)?;
+    let server = match Server::of(&found.place) {
         Ok(server) => server,
         // The server died: nothing can be waited for, and whoever still holds a file has only errors from it.
-        Err(error) if error.kind() == io::ErrorKind::NotConnected => return detach(&place, Detach::Lazily),
-        Err(error) => return Err(failed(error, "can't ask who serves it")),
+        Err(error) if error.kind() == io::ErrorKind::NotConnected => {
+            found.give_up()?;
+            return Ok(Unmounted { image });
+        }
+        Err(error) => return Err(Error::io(error, "can't ask who serves it").at(target)),
     };
+    if let Some(inside) = &found.inside {
+        detach(inside, Detach::Now)?;
+        wait_for(server.as_ref(), target, note)?;
+        let _ = std::fs::remove_dir(&found.place);
+        return Ok(Unmounted { image });
+    }
 
     // A background server has nobody to tell that its last flush failed, so it is asked for one while it can answer.
-    let flushed = flush(&place);
+    let flushed = flush(&found.place, server.as_ref())?;
     if flushed.as_ref().is_err_and(|error| error.kind() == ErrorKind::NoSpace) {
-        return flushed;
+        return flushed.map(|()| Unmounted { image });
     }
-    detach(&place, Detach::Now)?;
-    if let Some(server) = server {
-        let waited = |timeout| server.wait(timeout).map_err(|error| failed(error, "can't wait for its server"));
-        if !waited(Some(PATIENCE))? {
-            note(&format!("{}: unmounted; waiting for process {} to close the image", target.display(), server.pid));
-            waited(None)?;
+    detach(&found.place, Detach::Now)?;
+    wait_for(server.as_ref(), target, note)?;
+    flushed.map(|()| Unmounted { image })
+}
+
+/// Waits until the server of a mount that is gone has closed the image.
+fn wait_for(server: Option<&Server>, target: &Path, note: &mut dyn FnMut(&str)) -> Result<()> {
+    let target = target.display();
+    let Some(server) = server else {
+        note(&format!("{target}: unmounted; its server is out of sight and may not have closed the image yet"));
+        return Ok(());
+    };
+    let mut said = false;
+    loop {
+        let ended = server.wait(Some(PATIENCE));
+        if ended.map_err(|error| Error::io(error, format!("{target}: can't wait for its server")))? {
+            return Ok(());
         }
-    } else {
-        note(&format!("{}: unmounted; its server is out of sight and may not have closed the image yet", target.display()));
+        server.check_runs()?;
+        if !std::mem::replace(&mut said, true) {
+            note(&format!("{target}: unmounted; waiting for process {} to close the image", server.pid));
+        }
     }
-    flushed
+}
+
+/// A mount of ours.
+struct Found {
+    /// Where.
+    place: PathBuf,
+    image: PathBuf,
+    /// The file system on it, where that is what was asked for.
+    inside: Option<PathBuf>,
+}
+
+impl Found {
+    fn at(target: &Path) -> Result<Self> {
+        let failed = |error: io::Error| Error::io(error, "can't see what is mounted").at(target);
+        let place = resolve(target).map_err(|error| Error::io(error, "can't find it").at(target))?;
+        let Some(entry) = mountinfo::at(&place).map_err(failed)? else {
+            let problem = "nothing is mounted here; give the folder that was given to vhd mount";
+            return Err(Error::new(ErrorKind::InvalidInput, problem).at(&place));
+        };
+        if entry.kind == ours() {
+            return Ok(Self { place, image: entry.source, inside: None });
+        }
+        let below = inside::file_of(&entry.source).and_then(|file| Some(file.parent()?.to_owned()));
+        let below = below.map(|folder| mountinfo::at(&folder)).transpose().map_err(failed)?.flatten();
+        match below.filter(|below| below.kind == ours()) {
+            Some(below) => Ok(Self { place: below.target, image: below.source, inside: Some(place) }),
+            None => {
+                let problem = format!("is a mount of kind {}, not {}; use umount", entry.kind, ours());
+                Err(Error::new(ErrorKind::InvalidInput, problem).at(&place))
+            }
+        }
+    }
+
+    /// Takes it away without its server.
+    fn give_up(&self) -> Result<()> {
+        // Whoever waits for an answer gets an error instead, if this process may say so.
+        let _ = umount2(&self.place, MntFlags::MNT_FORCE);
+        if let Some(inside) = &self.inside {
+            detach(inside, Detach::Lazily)?;
+        }
+        if mountinfo::at(&self.place).is_ok_and(|entry| entry.is_some_and(|entry| entry.kind == ours())) {
+            detach(&self.place, Detach::Lazily)?;
+        }
+        if self.inside.is_some() {
+            let _ = std::fs::remove_dir(&self.place);
+        }
+        Ok(())
+    }
+}
+
+/// The kind of our mounts.
+fn ours() -> String {
+    format!("fuse.{SUBTYPE}")
+}
+
+/// `Refused` when the server of a mount does not answer. Another process asks, for who has asked a server that is stopped
+/// can't be ended before that goes on.
+fn check_answers(place: &Path) -> Result<()> {
+    let mut asking = Command::new("stat");
+    asking.arg("-f").arg("--").arg(place).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    // Without the program there is no way to know.
+    let Ok(mut asking) = asking.spawn() else { return Ok(()) };
+    let began = Instant::now();
+    while began.elapsed() < ANSWER {
+        // Whatever it says, even that nobody serves the mount, is an answer.
+        if !matches!(asking.try_wait(), Ok(None)) {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    let _ = asking.kill();
+    let message = format!(
+        "its server did not answer within {} s: let it go on (kill -CONT) if it is stopped, or give up what it has not written \
+         with vhd unmount --force",
+        ANSWER.as_secs()
+    );
+    Err(Error::new(ErrorKind::Refused, message).at(place))
 }
 
 /// How a mount is ended.
@@ -98,30 +221,33 @@ fn busy(target: &Path) -> Error {
     Error::new(ErrorKind::Refused, message).at(target)
 }
 
-/// The path that the mount table has. A mount whose server died can't be looked at, but its folder can.
+/// The path that the mount table has. The mount itself is looked at last, for its server may be dead or stopped.
 fn resolve(target: &Path) -> io::Result<PathBuf> {
-    target.canonicalize().or_else(|error| match (target.parent(), target.file_name()) {
-        (Some(parent), Some(name)) if error.kind() == io::ErrorKind::NotConnected => {
-            let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-            Ok(parent.canonicalize()?.join(name))
+    if let (Some(parent), Some(name)) = (target.parent(), target.file_name()) {
+        let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+        let place = parent.canonicalize()?.join(name);
+        if mountinfo::at(&place)?.is_some() {
+            return Ok(place);
         }
-        _ => Err(error),
-    })
+    }
+    target.canonicalize()
 }
 
-fn check_is_ours(place: &Path) -> Result<()> {
-    let entry = mountinfo::at(place).map_err(|error| Error::io(error, "can't see what is mounted").at(place))?;
-    let ours = format!("fuse.{SUBTYPE}");
-    let problem = match entry {
-        Some(entry) if entry.kind == ours => return Ok(()),
-        Some(entry) => format!("is a mount of kind {}, not {ours}; use umount", entry.kind),
-        None => "nothing is mounted here; give the folder that was given to vhd mount".to_owned(),
-    };
-    Err(Error::new(ErrorKind::InvalidInput, problem).at(place))
-}
-
-fn flush(place: &Path) -> Result<()> {
-    // What can't be opened can't be flushed either; its server still does when it ends.
-    let Ok(file) = File::open(place.join(DISK_FILE)) else { return Ok(()) };
-    file.sync_all().map_err(|error| Error::io(error, "the image could not be flushed").at(place))
+/// Flushes the disk; the inner result is that of the flush. A server that is stopped meanwhile is not waited for.
+fn flush(place: &Path, server: Option<&Server>) -> Result<Result<()>> {
+    let (tell, told) = mpsc::channel();
+    let at = place.to_owned();
+    let flushing = thread::Builder::new().name("flushing".into()).spawn(move || {
+        let disk = if at.is_dir() { at.join(DISK_FILE) } else { at };
+        // What can't be opened can't be flushed either; its server still does when it ends.
+        tell.send(File::open(disk).map_or(Ok(()), |file| file.sync_all()))
+    });
+    flushing.map_err(|error| Error::io(error, "can't flush it").at(place))?;
+    loop {
+        match told.recv_timeout(ANSWER) {
+            Ok(flushed) => return Ok(flushed.map_err(|error| Error::io(error, "the image could not be flushed").at(place))),
+            Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(Ok(())),
+            Err(mpsc::RecvTimeoutError::Timeout) => server.map_or(Ok(()), Server::check_runs)?,
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! A range of a disk as the bytes of a file, with the errors that a file gives.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -18,22 +19,36 @@ pub(crate) struct View {
     range: Range<u64>,
     read_only: bool,
     allocation: Allocation,
+    /// Changes of all views of the mount. The kernel caches each by itself, so what it has of one is out of date once
+    /// another was written.
+    all_changes: Arc<AtomicU64>,
+    own_changes: AtomicU64,
+    /// The others' changes when this was opened last.
+    seen_changes: AtomicU64,
     /// Nanoseconds since 1970 at the last change. Without a writeback cache it is the server who keeps this.
     modified: AtomicU64,
 }
 
 impl View {
-    /// All of a disk; read-only when it is asked for or the disk is.
-    pub(crate) fn whole(disk: Disk, read_only: bool) -> Self {
-        let range = 0..disk.size();
+    /// A range of a disk; read-only when it is asked for or the disk is. All views of a mount share `all_changes`.
+    pub(crate) fn new(disk: &Disk, range: Range<u64>, read_only: bool, all_changes: &Arc<AtomicU64>) -> Self {
         let modified = disk.layer_path(0).and_then(|path| path.metadata().ok()?.modified().ok()).unwrap_or_else(SystemTime::now);
         Self {
             allocation: Allocation::new(range.end - range.start),
             read_only: read_only || disk.capabilities().read_only,
             modified: AtomicU64::new(nanoseconds(modified)),
+            all_changes: Arc::clone(all_changes),
+            own_changes: AtomicU64::new(0),
+            seen_changes: AtomicU64::new(0),
             range,
-            disk,
+            disk: disk.clone(),
         }
+    }
+
+    /// Told of an open: true when what the kernel has of it since the last is still so.
+    pub(crate) fn cache_is_current(&self) -> bool {
+        let others = self.all_changes.load(Ordering::SeqCst).wrapping_sub(self.own_changes.load(Ordering::SeqCst));
+        self.seen_changes.swap(others, Ordering::SeqCst) == others
     }
 
     /// Bytes.
@@ -151,7 +166,11 @@ impl View {
         if self.read_only { Err(Errno::EROFS) } else { Ok(()) }
     }
 
+    /// Notes a change, after it was made.
     fn touch(&self) {
+        // In this order, for a reader in between must see more changes of others, not fewer.
+        self.all_changes.fetch_add(1, Ordering::SeqCst);
+        self.own_changes.fetch_add(1, Ordering::SeqCst);
         self.modified.store(nanoseconds(SystemTime::now()), Ordering::Relaxed);
     }
 }

@@ -9,6 +9,7 @@ use vhd_core::chain::{Chain, Layer};
 use vhd_core::format::SECTOR;
 use vhd_core::image::{Image, OpenOptions, SizePolicy};
 use vhd_core::ops::check::{CheckOptions, Severity, check};
+use vhd_core::ops::repair::{RepairMode, plan};
 use vhd_core::storage::MemoryStorage;
 use vhd_core::{Disk, Error, ErrorKind};
 
@@ -67,6 +68,7 @@ pub fn exercise(bytes: &[u8]) {
             }
         }
     }
+    mend(bytes);
     let readable = Image::open(Arc::new(MemoryStorage::new(bytes.to_vec())), Path::new(NAME), &OpenOptions::default());
     if let Err(error) = &readable {
         assert!(worst == Some(Severity::Error), "check finds no error, but: {error}");
@@ -75,6 +77,37 @@ pub fn exercise(bytes: &[u8]) {
         && !matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::Refused)
     {
         assert!(worst >= Some(Severity::Warning), "check finds nothing, but: {error}");
+    }
+}
+
+/// Repairs an image both ways. What checks clean then opens, and what can lose nothing changes nothing that was read.
+fn mend(bytes: &[u8]) {
+    for mode in [RepairMode::Safe, RepairMode::All] {
+        let storage = Arc::new(MemoryStorage::new(bytes.to_vec()));
+        let (repaired, repair) = match plan(Arc::clone(&storage) as _, Path::new(NAME), mode) {
+            Ok(done) => done,
+            Err(error) => {
+                assert_well_formed(&error, Path::new(NAME));
+                continue;
+            }
+        };
+        assert!(storage.to_vec() == bytes, "a plan changed the file");
+        let open = |storage| Image::open(storage, Path::new(NAME), &OpenOptions::default());
+        let disk = |image| Disk::new(Chain::of(Layer::Image(image)));
+        match open(repaired) {
+            Err(error) => assert!(!repair.ok(), "a repair that checks clean, but: {error}"),
+            Ok(image) => {
+                let after = watched(&disk(image));
+                if let Ok(before) = open(storage)
+                    && mode == RepairMode::Safe
+                {
+                    let before = watched(&disk(before));
+                    let lost = before.iter().zip(&after).find(|(before, after)| before.1.is_some() && before != after);
+                    assert!(lost.is_none(), "a safe repair changed what is read at {}", lost.map_or(0, |(before, _)| before.0));
+                }
+            }
+        }
+        assert!(mode == RepairMode::All || repair.lost.is_empty(), "{:?}", repair.lost);
     }
 }
 

@@ -7,7 +7,10 @@
 mod bounded;
 mod crash;
 mod exercise;
+mod guest;
 mod input;
+mod partitions;
+mod rings;
 
 use std::ops::Range;
 use std::path::Path;
@@ -22,7 +25,10 @@ use vhd_core::{Disk, ErrorKind};
 pub use bounded::Bounded;
 pub use crash::crash_ops;
 pub use exercise::{assert_well_formed, exercise};
+pub use guest::{guest_fs, tell_disk, told_disk};
 pub use input::Input;
+pub use partitions::partition_table;
+pub use rings::block_rings;
 
 use self::bounded::LIMIT;
 use crate::fixture::{

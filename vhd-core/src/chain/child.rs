@@ -4,12 +4,14 @@ use std::path::{Component, Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::find::{folder_of, is_vhd_name};
+use super::find::is_vhd_name;
+use super::linked::refuse_linked;
 use super::{Chain, ChainOptions, Layer};
-use crate::error::{Error, ErrorKind, Result, fail};
-use crate::format::{Creator, DEFAULT_BLOCK_SIZE, Timestamp};
-use crate::image::{CreateOptions, Created, Image, NewKind, OpenOptions, ParentLink, create_file};
-use crate::storage::{FileStorage, LockMode};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Creator, DEFAULT_BLOCK_SIZE, PlatformCode, Timestamp};
+use crate::image::{CreateOptions, Created, Image, NewKind, OpenOptions, ParentLink, create_file_on};
+use crate::intent;
+use crate::storage::{FileStorage, Host, LocalHost, LockMode, folder_of};
 
 /// A new differencing image.
 #[derive(Clone, Debug)]
@@ -28,30 +30,43 @@ pub struct ChildOptions {
     pub overwrite: bool,
     /// Makes the parent read-only.
     pub protect_parent: bool,
+    /// What an undo disk says of its session; none for other children.
+    pub session: Option<Vec<u8>>,
+}
+
+impl ChildOptions {
+    /// An ordinary snapshot: the parent's size, this identifier, made now by us.
+    #[must_use]
+    pub fn new(uuid: [u8; 16]) -> Self {
+        Self {
+            size: None,
+            block_size: None,
+            uuid,
+            creator: Creator::WINDOWS_10,
+            timestamp: Timestamp::now(),
+            overwrite: false,
+            protect_parent: false,
+            session: None,
+        }
+    }
 }
 
 /// Makes a differencing image at `path` over `parent`, an image or a raw file. A parent without an identifier is
 /// given one first; otherwise it is not written.
 ///
 /// # Errors
-/// `Locked` when someone writes to the parent; `InvalidInput`; those of [`create_file`].
+/// `Locked` when someone writes to the parent; `InvalidInput`; those of [`create_file`](crate::image::create_file).
 pub fn create_child(path: &Path, parent: &Path, options: &ChildOptions, open: &ChainOptions) -> Result<Created> {
     let (layer, uuid) = if is_vhd_name(parent) {
         let image = Chain::open_image(parent, open)?;
+        refuse_linked(&image, "can't be a parent")?;
+        refuse_unfinished(parent, &image, open)?;
         let uuid = image.footer().uuid();
         (Layer::Image(image), uuid)
     } else {
         (Chain::open_raw(parent, false)?.layers()[0].clone(), [0; 16])
     };
-    let size = options.size.unwrap_or(layer.size());
-    if size < layer.size() {
-        fail!(
-            InvalidInput,
-            "{}: size {size} is less than the parent's {} bytes; a child can only be larger",
-            path.display(),
-            layer.size()
-        );
-    }
+    let size = size_over(path, layer.size(), options)?;
     let mut notes = Vec::new();
     if size > layer.size() {
         notes.push("larger than its parent: Windows refuses that".to_owned());
@@ -61,37 +76,83 @@ pub fn create_child(path: &Path, parent: &Path, options: &ChildOptions, open: &C
             let block = layer.image().and_then(|image| image.layout()).map(|layout| layout.block_size());
             drop(layer);
             notes.push("the parent had no UUID and was given one".to_owned());
-            return create_over(path, parent, give_uuid(parent, open)?, size, block, options, notes);
+            let basis = Basis { uuid: give_uuid(parent, open)?, size, block };
+            return create_over(&*open.host, path, parent, &basis, options, notes);
         }
         _ => uuid,
     };
     let block = layer.image().and_then(|image| image.layout()).map(|layout| layout.block_size());
-    create_over(path, parent, uuid, size, block, options, notes)
+    create_over(&*open.host, path, parent, &Basis { uuid, size, block }, options, notes)
+}
+
+/// Refuses a parent that an unfinished operation has in hand, or of whose own parents one has: what it makes of them would
+/// spoil the child, and it would not know of it.
+fn refuse_unfinished(parent: &Path, image: &Image, open: &ChainOptions) -> Result<()> {
+    intent::refuse(parent, Some(image.footer().uuid()), &[])?;
+    let look = ChainOptions { image: OpenOptions { writable: false, ..open.image.clone() }, ..open.clone() };
+    match Chain::open(parent, &look) {
+        Ok(chain) => {
+            let mut images = chain.layers().iter().filter_map(Layer::image);
+            images.try_for_each(|image| intent::refuse(image.path(), Some(image.footer().uuid()), &[]))
+        }
+        Err(error) if error.kind() == ErrorKind::Refused => Err(error),
+        // A parent whose own parents are elsewhere now may have a child all the same.
+        Err(_) => Ok(()),
+    }
+}
+
+/// Makes a differencing image at `path` over a leaf that this process has open, and whose identifier is `uuid`.
+pub(crate) fn create_over_open(path: &Path, leaf: &Image, uuid: [u8; 16], options: &ChildOptions) -> Result<Created> {
+    let block = leaf.layout().map(|layout| layout.block_size());
+    let basis = Basis { uuid, size: size_over(path, leaf.size(), options)?, block };
+    create_over(&LocalHost, path, leaf.path(), &basis, options, Vec::new())
+}
+
+fn size_over(path: &Path, parent: u64, options: &ChildOptions) -> Result<u64> {
+    match options.size {
+        Some(size) if size < parent => {
+            let message = format!("size {size} is less than the parent's {parent} bytes; a child can only be larger");
+            Err(Error::new(ErrorKind::InvalidInput, message).at(path))
+        }
+        size => Ok(size.unwrap_or(parent)),
+    }
+}
+
+/// What a child is made over.
+struct Basis {
+    /// The parent's identifier.
+    uuid: [u8; 16],
+    /// Bytes of the child.
+    size: u64,
+    /// Bytes of the parent's blocks.
+    block: Option<u64>,
 }
 
 fn create_over(
+    host: &dyn Host,
     path: &Path,
     parent: &Path,
-    uuid: [u8; 16],
-    size: u64,
-    parent_block: Option<u64>,
+    basis: &Basis,
     options: &ChildOptions,
     mut notes: Vec<String>,
 ) -> Result<Created> {
-    let link = link_to(path, parent, uuid)?;
+    let link = ParentLink {
+        own: options.session.clone().map(|session| (PlatformCode::UNDO_SESSION, session)),
+        ..link_to(path, parent, basis.uuid)?
+    };
     if link.relative.starts_with("../") {
         notes.push("the parent is not in the child's folder: opening the child will need --parent-dir or --any-parent".into());
     }
-    let parent_block = parent_block.and_then(|size| u32::try_from(size).ok());
+    let parent_block = basis.block.and_then(|size| u32::try_from(size).ok());
     let create = CreateOptions {
         kind: NewKind::Differencing(link),
-        size,
+        size: basis.size,
         block_size: options.block_size.or(parent_block).unwrap_or(DEFAULT_BLOCK_SIZE),
         uuid: options.uuid,
         creator: options.creator,
         timestamp: options.timestamp,
     };
-    let mut created = create_file(path, &create, options.overwrite)?;
+    let mut created = create_file_on(host, path, &create, options.overwrite)?;
     if options.protect_parent {
         protect(parent)?;
     }
@@ -112,11 +173,11 @@ pub fn link_to(path: &Path, parent: &Path, uuid: [u8; 16]) -> Result<ParentLink>
         None => Err(Error::new(ErrorKind::InvalidInput, "is not UTF-8: a parent locator can't hold it; rename it").at(path)),
     };
     let name = text(Path::new(absolute.file_name().unwrap_or_default()))?;
-    Ok(ParentLink { uuid, name, relative: text(&relative)?, absolute: text(&absolute)? })
+    Ok(ParentLink { uuid, name, relative: text(&relative)?, absolute: text(&absolute)?, own: None })
 }
 
 /// The path of `target` from `folder`, both absolute and without links.
-fn relative_to(target: &Path, folder: &Path) -> PathBuf {
+pub(crate) fn relative_to(target: &Path, folder: &Path) -> PathBuf {
     let (mut target, mut folder) = (target.components().peekable(), folder.components().peekable());
     while let (Some(a), Some(b)) = (target.peek(), folder.peek())
         && a == b
@@ -131,9 +192,10 @@ fn relative_to(target: &Path, folder: &Path) -> PathBuf {
 fn give_uuid(parent: &Path, open: &ChainOptions) -> Result<[u8; 16]> {
     let storage = std::sync::Arc::new(FileStorage::open(parent, true)?);
     storage.lock(LockMode::Write)?;
+    let storage = open.host.adopt(storage);
     // Opening it for writing makes both footers sound first.
     let options = OpenOptions { writable: true, background_flush: None, ..open.image.clone() };
-    drop(Image::open(std::sync::Arc::clone(&storage) as _, parent, &options)?);
+    drop(Image::open(std::sync::Arc::clone(&storage), parent, &options)?);
     let uuid = Uuid::new_v4().into_bytes();
     Image::set_uuid_of(&*storage, uuid).map_err(|error| error.at(parent))?;
     Ok(uuid)

@@ -13,7 +13,8 @@ use uuid::Uuid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DynamicHeader, LocatorEntry, PlatformCode};
 use crate::image::{Footers, Image};
-use crate::storage::{FileStorage, Storage};
+use crate::intent;
+use crate::storage::{FileStorage, Storage, folder_of};
 
 /// Bytes of a locator's payload that are read: the longest path of Windows, 32,767 UTF-16 units.
 const MAX_LOCATOR_LEN: u32 = 64 << 10;
@@ -121,11 +122,6 @@ fn url_paths(text: &str) -> Vec<PathBuf> {
     vec![PathBuf::from(path), PathBuf::from(String::from_utf8_lossy(&bytes).into_owned())]
 }
 
-/// The folder a file is in.
-pub(super) fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
 /// What became of the candidates, for the message when none is the parent.
 #[derive(Default)]
 struct Tried {
@@ -133,11 +129,19 @@ struct Tried {
     mismatch: Option<(PathBuf, [u8; 16])>,
     /// A file that exists where none may be opened.
     outside: Option<PathBuf>,
+    /// A file that is no VHD.
+    other: Option<PathBuf>,
 }
 
 /// Opens the parent of `image`, which is a differencing one with a parent that is a VHD.
-pub(super) fn find_parent(image: &Image, header: &DynamicHeader, policy: &ParentPolicy) -> Result<FileStorage> {
-    find_parent_of(&**image.storage(), image.path(), header, policy)
+/// `above` are the identifiers of the images from the leaf to this one.
+pub(super) fn find_parent(
+    image: &Image,
+    header: &DynamicHeader,
+    policy: &ParentPolicy,
+    above: &[[u8; 16]],
+) -> Result<FileStorage> {
+    find_parent_below(&**image.storage(), image.path(), header, policy, above)
 }
 
 /// As [`find_parent`], of an image at `path` that is not open.
@@ -147,6 +151,17 @@ pub(crate) fn find_parent_of(
     header: &DynamicHeader,
     policy: &ParentPolicy,
 ) -> Result<FileStorage> {
+    let own = uuid_of(storage);
+    find_parent_below(storage, path, header, policy, own.as_slice())
+}
+
+fn find_parent_below(
+    storage: &dyn Storage,
+    path: &Path,
+    header: &DynamicHeader,
+    policy: &ParentPolicy,
+    above: &[[u8; 16]],
+) -> Result<FileStorage> {
     let expected = header.parent_uuid();
     let locators = read_locators(storage, header)?;
     let folder = folder_of(path);
@@ -155,10 +170,13 @@ pub(crate) fn find_parent_of(
         let Some(storage) = open_candidate(folder, &candidate, policy, &mut tried) else { continue };
         match uuid_of(&storage) {
             Some(uuid) if uuid == expected => return Ok(storage),
+            Some(uuid) if intent::was_renamed(storage.path(), uuid, expected, above) => return Ok(storage),
             Some(uuid) => {
                 tried.mismatch.get_or_insert((storage.path().to_owned(), uuid));
             }
-            None => {}
+            None => {
+                tried.other.get_or_insert_with(|| storage.path().to_owned());
+            }
         }
     }
     for dir in &policy.parent_dirs {
@@ -166,7 +184,17 @@ pub(crate) fn find_parent_of(
             return Ok(storage);
         }
     }
-    Err(not_found(header, folder, tried, expected))
+    if let Some((path, found)) = &tried.mismatch {
+        // Perhaps a merge that was interrupted gave it another identifier.
+        intent::refuse(path, Some(*found), &[])?;
+    }
+    let other = tried.other.take();
+    let error = not_found(header, folder, tried, expected);
+    // Perhaps it is half changed.
+    Err(match other {
+        Some(path) => intent::explain(&path, error),
+        None => error,
+    })
 }
 
 /// Where one locator leads.
@@ -267,6 +295,11 @@ fn regular(file: File, path: &Path) -> Option<FileStorage> {
     is_regular(&file).then(|| FileStorage::from_file(file, path).ok()).flatten()
 }
 
+/// The identifier of the file at `path`, where it is a VHD.
+pub(crate) fn uuid_of_file(path: &Path) -> Result<Option<[u8; 16]>> {
+    Ok(uuid_of(&FileStorage::open(path, false)?))
+}
+
 fn uuid_of(storage: &dyn Storage) -> Option<[u8; 16]> {
     let (footer, _) = Footers::read(storage).ok()?.authority(true).ok()?;
     Some(footer.uuid())
@@ -282,17 +315,25 @@ fn search(dir: &Path, expected: [u8; 16]) -> Option<FileStorage> {
     vhds_in(dir).find(|storage| uuid_of(storage) == Some(expected))
 }
 
-/// An image beside the one at `path`, which is open as `itself`, that is a child of it. A link is looked beside, and what
-/// it leads to.
+/// An image beside the one at `path`, which is open as `itself`, that is a child of it.
 pub(super) fn find_child(path: &Path, itself: &FileStorage, uuid: [u8; 16]) -> Option<PathBuf> {
-    let own = itself.identity().ok();
-    let is_child = |storage: &FileStorage| parent_uuid_of(storage) == Some(uuid) && storage.identity().ok() != own;
-    let folder = folder_of(path);
-    let real = std::fs::canonicalize(path).ok()?;
-    let linked_from = std::fs::canonicalize(folder).ok().filter(|folder| *folder != folder_of(&real)).map(|_| folder);
-    let folders = linked_from.into_iter().chain([if linked_from.is_some() { folder_of(&real) } else { folder }]);
-    let child = folders.flat_map(vhds_in).find(is_child)?;
-    Some(child.path().to_owned())
+    children(path, itself.identity().ok(), uuid).next()
+}
+
+/// All images beside the one at `path`, which has this identifier, that are children of it.
+pub(crate) fn find_children(path: &Path, uuid: [u8; 16]) -> Vec<PathBuf> {
+    children(path, FileStorage::open(path, false).and_then(|file| file.identity()).ok(), uuid).collect()
+}
+
+/// A link is looked beside, and what it leads to.
+fn children(path: &Path, own: Option<(u64, u64)>, uuid: [u8; 16]) -> impl Iterator<Item = PathBuf> + use<> {
+    let is_child = move |storage: &FileStorage| parent_uuid_of(storage) == Some(uuid) && storage.identity().ok() != own;
+    let folder = folder_of(path).to_owned();
+    let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let linked_from = std::fs::canonicalize(&folder).ok().filter(|folder| *folder != folder_of(&real)).map(|_| folder.clone());
+    let beside = if linked_from.is_some() { folder_of(&real).to_owned() } else { folder };
+    let folders = linked_from.into_iter().chain([beside]);
+    folders.flat_map(|folder| vhds_in(&folder)).filter(is_child).map(|child| child.path().to_owned())
 }
 
 fn parent_uuid_of(storage: &dyn Storage) -> Option<[u8; 16]> {

@@ -2,27 +2,38 @@
 
 mod child;
 mod find;
+mod flat;
 mod holes;
+mod linked;
 mod open;
 mod raw;
+mod session;
 
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use child::link_to;
-pub use child::{ChildOptions, create_child};
-pub(crate) use find::{Lead, find_parent_of, follow_locator, locator_paths, windows_paths};
+pub use child::{ChildOptions, create_child, link_to};
+pub(crate) use child::{create_over_open, relative_to};
+pub(crate) use find::{Lead, find_children, find_parent_of, follow_locator, locator_paths, uuid_of_file, windows_paths};
 pub use find::{Locator, ParentPolicy, is_vhd_name, read_locators};
+pub(crate) use linked::refuse_linked;
+pub use linked::{LinkedDisk, create_link};
+pub(crate) use open::open_file;
 pub use open::{ChainOptions, MAX_DEPTH};
 pub use raw::RawFile;
+pub use session::{UndoMember, UndoSession};
 
+use self::flat::{FlatCache, Visit};
 use self::holes::DataRanges;
 use crate::block::{BlockDevice, Capabilities, Extent, ExtentState, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Below, Image, Run, RunKind};
 use crate::storage::{ReadBuffers, Storage};
+
+/// Bytes of a run in which holes are worth looking for.
+const COARSE_GRAIN: u64 = 64 << 10;
 
 /// One file of a chain.
 #[derive(Clone, Debug)]
@@ -81,6 +92,11 @@ impl Layer {
         }
     }
 
+    /// Reads bytes of the file that a map or an extent told.
+    pub(crate) fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
+        self.read(&mut [IoSliceMut::new(bytes)], offset)
+    }
+
     fn read(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
         self.storage().read_vectored_at(bufs, offset).map_err(|error| match self {
             Self::Image(image) => image.read_error(error, offset),
@@ -93,6 +109,8 @@ impl Layer {
 #[derive(Debug)]
 pub struct Chain {
     layers: Vec<Layer>,
+    /// What is remembered of the parents, where there are several.
+    flat: Option<FlatCache>,
 }
 
 impl Chain {
@@ -107,7 +125,8 @@ impl Chain {
     pub fn over(leaf: Layer, parents: Vec<Layer>) -> Self {
         let mut layers = vec![leaf];
         layers.extend(parents);
-        Self { layers }
+        let flat = (layers.len() > 2).then(FlatCache::default);
+        Self { layers, flat }
     }
 
     /// The files, leaf first.
@@ -116,16 +135,57 @@ impl Chain {
         &self.layers
     }
 
+    /// As [`BlockDevice::extents`], of all of the disk, for those who move data: holes within short runs are data, as asking
+    /// the host for them costs more than moving zeros.
+    pub(crate) fn coarse_extents(&self, visit: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
+        Parents { flat: None, ..self.from(0) }.extents(0..self.leaf().size(), COARSE_GRAIN, visit)
+    }
+
     fn leaf(&self) -> &Layer {
         &self.layers[0]
     }
 
-    fn below(&self) -> Parents<'_> {
-        Parents { layers: &self.layers, depth: 1 }
+    pub(crate) fn below(&self) -> impl Below + '_ {
+        self.parents()
+    }
+
+    fn parents(&self) -> Parents<'_> {
+        self.from(1)
+    }
+
+    /// The layers from this depth on.
+    fn from(&self, depth: usize) -> Parents<'_> {
+        Parents { layers: &self.layers, depth, flat: self.flat.as_ref() }
+    }
+
+    /// Fills all of `bufs` with what the disk would hold if the layer at `depth` were its leaf.
+    ///
+    /// # Errors
+    /// `OutOfRange`; as a layer can't be read.
+    pub fn read_layer(&self, depth: usize, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
+        let mut bufs = ReadBuffers::new(bufs);
+        let range = self.range_of(depth, offset, bufs.len())?;
+        let _held = self.leaf().image().map(|image| image.hold());
+        self.from(depth).read(&mut bufs, range)
+    }
+
+    /// The extents of the disk that the layer at `depth` would be the leaf of. Depths are those of this chain.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::extents`].
+    pub fn layer_extents(&self, depth: usize, range: Range<u64>, visit: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
+        let range = self.range_of(depth, range.start, range.end.saturating_sub(range.start))?;
+        let _held = self.leaf().image().map(|image| image.hold());
+        // A long look at metadata is not worth remembering, and would cost memory by the size of the disk.
+        Parents { flat: None, ..self.from(depth) }.extents(range, 0, visit)
     }
 
     fn range(&self, offset: u64, len: u64) -> Result<Range<u64>> {
-        let size = self.leaf().size();
+        self.range_of(0, offset, len)
+    }
+
+    fn range_of(&self, depth: usize, offset: u64, len: u64) -> Result<Range<u64>> {
+        let size = self.layers.get(depth).map_or(0, Layer::size);
         match offset.checked_add(len) {
             Some(end) if end <= size => Ok(offset..end),
             _ => {
@@ -140,25 +200,33 @@ impl Chain {
 struct Parents<'a> {
     layers: &'a [Layer],
     depth: usize,
+    flat: Option<&'a FlatCache>,
 }
 
 impl Parents<'_> {
     /// Calls `visit` with runs of what these layers hold: the layer, and where in its file; no layer for zeros
     /// that none of them holds.
-    fn resolve(&self, range: Range<u64>, visit: &mut dyn FnMut(Range<u64>, usize, RunKind) -> Result<()>) -> Result<()> {
+    fn resolve(&self, range: Range<u64>, visit: Visit<'_>) -> Result<()> {
+        match self.flat {
+            Some(flat) if self.depth == 1 => flat.resolve(range, &|range, visit| self.resolve_by_layer(range, visit), visit),
+            _ => self.resolve_by_layer(range, visit),
+        }
+    }
+
+    fn resolve_by_layer(&self, range: Range<u64>, visit: Visit<'_>) -> Result<()> {
         let Some(layer) = self.layers.get(self.depth) else {
             let base = self.layers.len() - 1;
             return if range.is_empty() { Ok(()) } else { visit(range, base, RunKind::Absent) };
         };
         let inside = range.start.min(layer.size())..range.end.min(layer.size());
         let beyond = inside.end.max(range.start)..range.end;
-        let deeper = Parents { layers: self.layers, depth: self.depth + 1 };
+        let deeper = Parents { depth: self.depth + 1, ..*self };
         layer.map(inside, &mut |run| match run.kind {
             RunKind::Absent => deeper.resolve(run.range, visit),
             kind => visit(run.range, self.depth, kind),
         })?;
         // Past the end of a parent that is smaller than its child there is nothing, whatever lies deeper.
-        Parents { layers: self.layers, depth: self.layers.len() }.resolve(beyond, visit)
+        Parents { depth: self.layers.len(), ..*self }.resolve(beyond, visit)
     }
 
     fn read(&self, bufs: &mut ReadBuffers<'_>, range: Range<u64>) -> Result<()> {
@@ -174,8 +242,9 @@ impl Parents<'_> {
         })
     }
 
-    /// As [`Self::resolve`], in terms of extents: holes of the host's files are zero.
-    fn extents(&self, range: Range<u64>, visit: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
+    /// As [`Self::resolve`], in terms of extents: holes of the host's files are zero. In runs of less than `grain` bytes they
+    /// are not looked for.
+    fn extents(&self, range: Range<u64>, grain: u64, visit: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
         let mut pending: Option<Extent> = None;
         let mut data_ranges = DataRanges::default();
         let mut push = |extent: Extent| {
@@ -189,6 +258,9 @@ impl Parents<'_> {
             match kind {
                 RunKind::Absent => push(simple(ExtentState::Absent)),
                 RunKind::Zero => push(simple(ExtentState::Zero)),
+                RunKind::Present(offset) if run.end - run.start < grain => {
+                    push(Extent { range: run, state: ExtentState::Data, depth, offset: Some(offset) })
+                }
                 RunKind::Present(offset) => self.present_extents(run, depth, offset, &mut data_ranges, &mut push),
             }
         })?;
@@ -244,16 +316,13 @@ impl BlockDevice for Chain {
     }
 
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
-        let mut bufs = ReadBuffers::new(bufs);
-        let range = self.range(offset, bufs.len())?;
-        let _held = self.leaf().image().map(|image| image.hold());
-        Parents { layers: &self.layers, depth: 0 }.read(&mut bufs, range)
+        self.read_layer(0, bufs, offset)
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {
         self.range(offset, bufs.iter().map(|buf| buf.len() as u64).sum())?;
         match self.leaf() {
-            Layer::Image(image) => image.write(bufs, offset, &self.below()),
+            Layer::Image(image) => image.write(bufs, offset, &self.parents()),
             Layer::Raw(raw) => raw.write(bufs, offset),
         }
     }
@@ -268,19 +337,17 @@ impl BlockDevice for Chain {
     fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Result<()> {
         let range = self.range(range.start, range.end.saturating_sub(range.start))?;
         match self.leaf() {
-            Layer::Image(image) => image.zero(range, mode, &self.below()),
+            Layer::Image(image) => image.zero(range, mode, &self.parents()),
             Layer::Raw(raw) => raw.zero(range, mode),
         }
     }
 
     fn extents(&self, range: Range<u64>, visit: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
-        let range = self.range(range.start, range.end.saturating_sub(range.start))?;
-        let _held = self.leaf().image().map(|image| image.hold());
-        Parents { layers: &self.layers, depth: 0 }.extents(range, visit)
+        self.layer_extents(0, range, visit)
     }
 
-    fn layer_path(&self, depth: usize) -> Option<&Path> {
-        self.layers.get(depth).map(Layer::path)
+    fn layer_path(&self, depth: usize) -> Option<PathBuf> {
+        self.layers.get(depth).map(|layer| layer.path().to_owned())
     }
 
     fn close(&self) -> Result<()> {

@@ -7,23 +7,39 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::find::{find_child, find_parent};
+use super::linked::{LinkedDisk, refuse_linked};
+use super::session::refuse_incomplete;
 use super::{Chain, Layer, ParentPolicy, RawFile};
 use crate::block::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, Timestamp};
 use crate::image::{Image, OpenOptions};
-use crate::storage::{FileStorage, LockMode};
+use crate::intent;
+use crate::storage::{FileStorage, Host, LocalHost, LockMode, Storage};
 
 /// Images of a chain at most. Nobody makes longer ones; a chain that does not end would never be open.
 pub const MAX_DEPTH: usize = 256;
 
 /// How a chain is opened.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct ChainOptions {
     /// How the leaf is. Parents are opened the same way, but read-only.
     pub image: OpenOptions,
     /// Where parents may be.
     pub parents: ParentPolicy,
+    /// Through what files are written, made and removed: the host itself, but in tests.
+    pub host: Arc<dyn Host>,
+    /// Moves data past the host's page cache, where requests are aligned and the file systems can.
+    pub direct: bool,
+    /// True for the operation that an intent record beside the image belongs to: it goes on where others are refused.
+    pub resuming: bool,
+}
+
+impl Default for ChainOptions {
+    fn default() -> Self {
+        let (image, parents) = Default::default();
+        Self { image, parents, host: Arc::new(LocalHost), direct: false, resuming: false }
+    }
 }
 
 impl Chain {
@@ -32,28 +48,61 @@ impl Chain {
     /// # Errors
     /// `Locked`, `Parent`, `Refused` and those of [`Image::open`]. No file was changed then.
     pub fn open(path: &Path, options: &ChainOptions) -> Result<Self> {
+        Self::open_after(path, options, &mut |_| Ok(()))
+    }
+
+    /// As [`Self::open`] for writing; `before` sees the leaf's file once all is open, locked and mended, and before
+    /// anything is kept of it that it may change.
+    pub(crate) fn open_after(
+        path: &Path,
+        options: &ChainOptions,
+        before: &mut dyn FnMut(&Arc<dyn Storage>) -> Result<()>,
+    ) -> Result<Self> {
+        Ok(Self::open_with_file(path, options, before)?.0)
+    }
+
+    /// As [`Self::open_after`]; tells the leaf's file, too, which bears the lock.
+    pub(crate) fn open_with_file(
+        path: &Path,
+        options: &ChainOptions,
+        before: &mut dyn FnMut(&Arc<dyn Storage>) -> Result<()>,
+    ) -> Result<(Self, Arc<FileStorage>)> {
         let (storage, image) = open_leaf(path, options)?;
+        if options.image.writable {
+            refuse_linked(&image, "is only read")?;
+        }
+        if !options.resuming {
+            intent::refuse(path, Some(image.footer().uuid()), &[])?;
+            refuse_incomplete(&image)?;
+        }
         let mut layers = vec![Layer::Image(Arc::clone(&image))];
         let mut seen = HashSet::from([storage.identity()?]);
+        let mut above = vec![image.footer().uuid()];
         let mut child = image;
         while child.footer().disk_type() == DiskType::Differencing {
             if layers.len() == MAX_DEPTH {
                 let message = format!("has more than {MAX_DEPTH} images in its chain");
                 return Err(Error::new(ErrorKind::Unsupported, message).at(path));
             }
-            let layer = open_parent(&child, options, &mut seen).map_err(|error| error.at(child.path()))?;
+            let layer = open_parent(&child, options, &mut seen, &above).map_err(|error| error.at(child.path()))?;
             layers.push(layer.clone());
             match layer {
-                Layer::Image(image) => child = image,
+                Layer::Image(image) => {
+                    above.push(image.footer().uuid());
+                    child = image;
+                }
                 Layer::Raw(_) => break,
             }
         }
         // Only now, when nothing can fail but the leaf itself, may it be changed.
         if options.image.writable {
             drop(child);
+            let storage = options.host.adopt(Arc::clone(&storage));
+            before(&storage).map_err(|error| error.at(path))?;
             layers[0] = Layer::Image(Image::open(storage, path, &options.image)?);
         }
-        Ok(Self { layers })
+        let leaf = layers.remove(0);
+        Ok((Self::over(leaf, layers), storage))
     }
 
     /// Opens one image without its parents: for looking at it.
@@ -70,7 +119,15 @@ impl Chain {
     /// # Errors
     /// As the host fails, or the file is in use.
     pub fn open_raw(path: &Path, writable: bool) -> Result<Self> {
-        Ok(Self { layers: vec![Layer::Raw(open_raw(path, writable)?)] })
+        Self::open_raw_with(
+            path,
+            &ChainOptions { image: OpenOptions { writable, ..OpenOptions::default() }, ..Default::default() },
+        )
+    }
+
+    /// As [`Self::open_raw`], through a host.
+    pub(crate) fn open_raw_with(path: &Path, options: &ChainOptions) -> Result<Self> {
+        Ok(Self::of(Layer::Raw(open_raw(path, options, &[])?)))
     }
 }
 
@@ -84,19 +141,31 @@ impl Disk {
     }
 }
 
-fn open_raw(path: &Path, writable: bool) -> Result<Arc<RawFile>> {
-    let storage = FileStorage::open(path, writable)?;
+fn open_raw(path: &Path, options: &ChainOptions, above: &[[u8; 16]]) -> Result<Arc<RawFile>> {
+    let writable = options.image.writable;
+    let storage = open_file(path, writable, options)?;
     storage.lock(if writable { LockMode::Write } else { LockMode::Read })?;
-    Ok(Arc::new(RawFile::new(Arc::new(storage), path, !writable)?))
+    if !options.resuming {
+        intent::refuse(path, None, above)?;
+    }
+    let storage = if writable { options.host.adopt(storage) } else { storage };
+    Ok(Arc::new(RawFile::new(storage, path, !writable)?))
+}
+
+/// Opens a file as these options have it.
+pub(crate) fn open_file(path: &Path, writable: bool, options: &ChainOptions) -> Result<Arc<FileStorage>> {
+    let file = FileStorage::open(path, writable)?;
+    Ok(Arc::new(if options.direct { file.with_direct_io(writable) } else { file }))
 }
 
 /// Opens the leaf to read what it says; it is locked as it will be used.
 fn open_leaf(path: &Path, options: &ChainOptions) -> Result<(Arc<FileStorage>, Arc<Image>)> {
     let writable = options.image.writable;
-    let storage = Arc::new(FileStorage::open(path, writable)?);
+    let storage = open_file(path, writable, options)?;
     storage.lock(if writable { LockMode::Write } else { LockMode::Read })?;
     let look = OpenOptions { writable: false, ..options.image.clone() };
-    let image = Image::open(Arc::clone(&storage) as _, path, &look)?;
+    let image = Image::open(Arc::clone(&storage) as _, path, &look);
+    let image = image.map_err(|error| if options.resuming { error } else { intent::explain(path, error) })?;
     let uuid = image.footer().uuid();
     if writable
         && !options.image.force
@@ -112,28 +181,38 @@ fn open_leaf(path: &Path, options: &ChainOptions) -> Result<(Arc<FileStorage>, A
     Ok((storage, image))
 }
 
-fn open_parent(child: &Arc<Image>, options: &ChainOptions, seen: &mut HashSet<(u64, u64)>) -> Result<Layer> {
+fn open_parent(child: &Arc<Image>, options: &ChainOptions, seen: &mut HashSet<(u64, u64)>, above: &[[u8; 16]]) -> Result<Layer> {
     let Some(header) = child.header() else {
         return Err(Error::new(ErrorKind::Corrupt, "is a differencing image without a dynamic header"));
     };
     let expected = header.parent_uuid();
     if expected == [0; 16] {
+        if let Some(linked) = LinkedDisk::of(child)? {
+            return Ok(Layer::Raw(linked.open(child.path(), &options.parents)?));
+        }
         let Some(raw) = &options.parents.raw_parent else {
             let message = "its parent is a raw file or device, and those are opened only when named: use --raw-parent PATH";
             return Err(Error::new(ErrorKind::Parent, message));
         };
-        return Ok(Layer::Raw(open_raw(raw, false)?));
+        let look = ChainOptions { image: OpenOptions { writable: false, ..options.image.clone() }, ..options.clone() };
+        return Ok(Layer::Raw(open_raw(raw, &look, above)?));
     }
     if expected == child.footer().uuid() {
         return Err(Error::new(ErrorKind::Parent, format!("names itself (UUID {}) as its parent", Uuid::from_bytes(expected))));
     }
-    let storage = find_parent(child, header, &options.parents)?;
+    let mut storage = find_parent(child, header, &options.parents, above)?;
+    if options.direct {
+        storage = storage.with_direct_io(false);
+    }
     if !seen.insert(storage.identity()?) {
         let message = format!("its parent {} is one of its own children: the chain is a loop", storage.path().display());
         return Err(Error::new(ErrorKind::Parent, message));
     }
     storage.lock(LockMode::Read)?;
     let path = storage.path().to_owned();
+    if !options.resuming {
+        intent::refuse(&path, Some(expected), above)?;
+    }
     note_timestamp(&path, header.parent_timestamp());
     let look = OpenOptions { writable: false, ..options.image.clone() };
     Ok(Layer::Image(Image::open(Arc::new(storage), &path, &look)?))

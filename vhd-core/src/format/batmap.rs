@@ -77,7 +77,14 @@ impl Batmap {
     /// The header sector for a map of zeros: the sum of no bits is zero, so the checksum is its complement.
     #[must_use]
     pub fn cleared(&self) -> [u8; 512] {
+        self.cleared_at(self.offset(), self.fields.sectors.get())
+    }
+
+    /// The header sector for a map of zeros that has another place and as many sectors.
+    pub(crate) fn cleared_at(&self, offset: u64, sectors: u32) -> [u8; 512] {
         let mut fields = self.fields;
+        fields.offset = U64::new(offset);
+        fields.sectors = U32::new(sectors);
         fields.checksum = U32::new(!0);
         let mut sector = self.sector;
         sector[..size_of::<BatmapBytes>()].copy_from_slice(fields.as_bytes());

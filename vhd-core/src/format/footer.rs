@@ -321,6 +321,20 @@ impl Footer {
         self.bytes.reserved.iter().any(|&byte| byte != 0)
     }
 
+    /// Leads to a dynamic header at another file offset.
+    pub(crate) fn set_header_offset(&mut self, offset: u64) {
+        self.bytes.data_offset = U64::new(offset);
+    }
+
+    /// Gives the disk another size, and the geometry that goes with it. The original size stays.
+    pub(crate) fn set_size(&mut self, size: u64) {
+        let geometry = Geometry::for_sectors(size / SECTOR);
+        self.bytes.current_size = U64::new(size);
+        self.bytes.cylinders = U16::new(geometry.cylinders);
+        self.bytes.heads = geometry.heads;
+        self.bytes.sectors = geometry.sectors;
+    }
+
     /// Gives the image another identifier.
     pub fn set_uuid(&mut self, uuid: [u8; 16]) {
         self.bytes.uuid = uuid;

@@ -208,6 +208,12 @@ impl DynamicHeader {
         }
     }
 
+    /// Puts the BAT elsewhere, with room for as many entries.
+    pub(crate) fn set_table(&mut self, offset: u64, entries: u32) {
+        self.bytes.bat_offset = U64::new(offset);
+        self.bytes.max_table_entries = U32::new(entries);
+    }
+
     /// Replaces the locator table; slots beyond `entries` become unused, entries beyond the eighth are dropped.
     pub fn set_locators(&mut self, entries: &[LocatorEntry]) {
         self.bytes.locators = [LocatorBytes::UNUSED; LOCATOR_SLOTS];

@@ -46,6 +46,11 @@ pub enum PlatformCode {
 }
 
 impl PlatformCode {
+    /// Our own: the session of an undo disk, as JSON. Others pass over codes that they don't know.
+    pub const UNDO_SESSION: Self = Self::Other(*b"vhdU");
+    /// Our own: what a linked disk is linked to, as JSON.
+    pub const LINKED_DISK: Self = Self::Other(*b"vhdL");
+
     /// The code that these four bytes name.
     #[must_use]
     pub fn from_bytes(bytes: [u8; 4]) -> Self {

@@ -1,10 +1,11 @@
 //! Sector bitmaps: which sectors of a block are present in this image.
 
-use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustc_hash::FxHashMap;
 
 use crate::layout::Layout;
 use crate::storage::Storage;
@@ -100,7 +101,7 @@ fn masks(bits: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
     })
 }
 
-type Shard = HashMap<u32, Arc<Bitmap>>;
+type Shard = FxHashMap<u32, Arc<Bitmap>>;
 
 /// The bitmaps of an image that were looked at lately, by the first sector of their slot: a block that is freed and
 /// allocated again elsewhere has another bitmap, and requests that are still under way in the old one can't mix them.

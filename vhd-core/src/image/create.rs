@@ -9,7 +9,7 @@ use crate::format::{
     MAX_CREATE_SIZE, MIN_BLOCK_SIZE, NewFooter, NewHeader, PlatformCode, SECTOR, Timestamp, WINDOWS_MIN_SIZE, encode_locator,
 };
 use crate::layout::{FooterPlace, Layout};
-use crate::storage::Storage;
+use crate::storage::{Host, LocalHost, Storage};
 
 /// Where the first parent locator's payload goes, and the unit of room for each: Windows does the same.
 const LOCATOR_UNIT: u64 = 4096;
@@ -39,6 +39,8 @@ pub struct ParentLink {
     pub relative: String,
     /// The parent's absolute path, with `/`.
     pub absolute: String,
+    /// What an undo disk or a linked disk says besides, in a locator of its own.
+    pub own: Option<(PlatformCode, Vec<u8>)>,
 }
 
 /// A new image.
@@ -72,15 +74,23 @@ pub struct Created {
 /// # Errors
 /// `Exists` when something is there and `overwrite` is not set; `InvalidInput`; as the host fails.
 pub fn create_file(path: &Path, options: &CreateOptions, overwrite: bool) -> Result<Created> {
+    create_file_on(&LocalHost, path, options, overwrite)
+}
+
+/// As [`create_file`], through a host.
+///
+/// # Errors
+/// As there.
+pub fn create_file_on(host: &dyn Host, path: &Path, options: &CreateOptions, overwrite: bool) -> Result<Created> {
     let mut created = Created::default();
-    crate::storage::replace_file(path, overwrite, |storage| {
+    crate::storage::replace_file(host, path, overwrite, |storage| {
         created = create(&**storage, options)?;
         Ok(())
     })?;
     Ok(created)
 }
 
-/// Makes an image in a new file, or on a device that holds it, and syncs it.
+/// Makes an image in a new file, or on a device that holds it. It is durable once the caller has synced that.
 ///
 /// # Errors
 /// `InvalidInput` for sizes that can't be; as the host fails.
@@ -104,7 +114,6 @@ pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<Created>
         NewKind::Dynamic => create_sparse(storage, options, created.size, None)?,
         NewKind::Differencing(link) => create_sparse(storage, options, created.size, Some(link))?,
     }
-    storage.sync().map_err(|error| Error::io(error, "can't be synced"))?;
     Ok(created)
 }
 
@@ -173,32 +182,36 @@ fn create_sparse(storage: &dyn Storage, options: &CreateOptions, size: u64, pare
     write(storage, &footer, footer_at)
 }
 
-/// The three locators of a new child, each with its payload, and the end of the room they take.
+/// What the three locators of a child say.
 ///
 /// Paths are those of this host with `\`, because Windows needs that and everyone who reads them elsewhere maps it.
 /// `MacX` holds `file://` and the relative path, as tapdisk writes and expects it.
-fn place_locators(link: &ParentLink) -> (Vec<(LocatorEntry, Vec<u8>)>, u64) {
+pub(super) fn locator_texts(link: &ParentLink) -> [(PlatformCode, String); 3] {
     let relative = if link.relative.starts_with("../") { link.relative.clone() } else { format!("./{}", link.relative) };
-    let texts = [
+    [
         (PlatformCode::W2ku, link.absolute.replace('/', "\\")),
         (PlatformCode::W2ru, relative.replace('/', "\\")),
         (PlatformCode::MacX, format!("file://{relative}")),
-    ];
+    ]
+}
+
+/// The locators of a new child, each with its payload, and the end of the room they take.
+fn place_locators(link: &ParentLink) -> (Vec<(LocatorEntry, Vec<u8>)>, u64) {
     let mut at = LOCATOR_UNIT;
-    let placed = texts.map(|(code, text)| {
-        let payload = encode_locator(code, &text);
+    let paths = locator_texts(link).map(|(code, text)| (code, encode_locator(code, &text)));
+    let placed = paths.into_iter().chain(link.own.clone()).map(|(code, payload)| {
         let space = (payload.len() as u64).next_multiple_of(LOCATOR_UNIT);
         let narrow = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
         let entry = LocatorEntry { code, data_space: narrow(space), data_length: narrow(payload.len() as u64), data_offset: at };
         at += space;
         (entry, payload)
     });
-    (placed.into(), at)
+    let placed = placed.collect();
+    (placed, at)
 }
 
 impl Image {
-    /// Gives an image that has none an identifier, so that a child can name it: header copy first, a barrier, then the
-    /// trailing footer.
+    /// Gives an image that has none an identifier, so that a child can name it: in both footers, then a barrier.
     ///
     /// # Errors
     /// As the host fails, or the image is not open for writing.
@@ -206,9 +219,9 @@ impl Image {
         let footers = super::Footers::read(storage).map_err(|error| Error::io(error, "can't be read"))?;
         let (mut footer, _) = footers.authority(false).map_err(|error| Error::new(ErrorKind::Corrupt, error.to_string()))?;
         footer.set_uuid(uuid);
+        // Each is right alone, and where they differ the trailing one counts: no barrier between them.
         if footer.disk_type() != DiskType::Fixed {
             write(storage, &footer.to_bytes(), 0)?;
-            storage.sync().map_err(|error| Error::io(error, "can't be synced"))?;
         }
         write(storage, &footer.to_bytes(), footers.trailing_at)?;
         storage.sync().map_err(|error| Error::io(error, "can't be synced"))

@@ -12,6 +12,7 @@
 mod background;
 mod bat;
 mod bitmap;
+mod blocks;
 mod commit;
 mod create;
 mod footers;
@@ -19,6 +20,8 @@ mod grace;
 mod open;
 mod prepare;
 mod read;
+mod relink;
+mod resize;
 mod space;
 mod write;
 mod zero;
@@ -30,7 +33,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
-pub use create::{CreateOptions, Created, NewKind, ParentLink, create, create_file};
+pub(crate) use blocks::Blocks;
+pub use create::{CreateOptions, Created, NewKind, ParentLink, create, create_file, create_file_on};
 pub use footers::{Authority, Footers};
 pub use open::{OpenOptions, SizePolicy};
 pub use read::{Run, RunKind};

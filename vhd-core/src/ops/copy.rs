@@ -3,13 +3,12 @@
 use std::io::{Read, Write};
 use std::ops::Range;
 
+use super::share::{BATCH, CHUNK, MAX_PIECES, share};
 use crate::block::{Disk, ZeroMode};
 use crate::error::{Error, Result, fail};
 use crate::progress::Progress;
 use crate::storage::{AlignedBuffer, Storage};
 
-/// Bytes that are moved at once: large enough that system calls do not count, small enough for the cache.
-const CHUNK: usize = 1 << 20;
 /// Runs of zeros shorter than this are copied like data: skipping them costs more than it saves.
 const ZERO_GRAIN: usize = 4096;
 
@@ -45,26 +44,74 @@ pub fn copy(source: &Disk, target: &Disk, target_is_zero: bool, progress: &Progr
         fail!(InvalidInput, "target has {} bytes, the source {}", target.size(), source.size());
     }
     progress.set_total(source.size());
-    let mut buffer = AlignedBuffer::new(CHUNK);
-    source.extents(0..source.size(), &mut |extent| {
-        let range = extent.range;
-        if extent.state.reads_zero() {
-            if !target_is_zero {
-                target.zero(range.clone(), ZeroMode::Free)?;
+    copy_range(source, target, 0..source.size(), target_is_zero, progress)
+}
+
+/// As [`copy`], a range of both.
+pub(super) fn copy_range(
+    source: &Disk,
+    target: &Disk,
+    range: Range<u64>,
+    target_is_zero: bool,
+    progress: &Progress,
+) -> Result<()> {
+    let mover = Mover { source, target, target_is_zero, progress };
+    share(
+        |send| find(source, range, send),
+        |buffer, batch| batch.into_iter().try_for_each(|piece| mover.move_piece(piece, buffer)),
+    )
+}
+
+/// A piece of the disk, and whether it reads as zeros.
+type Piece = (Range<u64>, bool);
+
+/// Sends the pieces of a range. Data of one block is in one batch.
+fn find(source: &Disk, range: Range<u64>, send: &dyn Fn(Vec<Piece>) -> Result<()>) -> Result<()> {
+    let mut batch = Vec::new();
+    source.extents(range, &mut |extent| {
+        let is_zero = extent.state.reads_zero();
+        let mut at = extent.range.start;
+        while at < extent.range.end {
+            let end = if is_zero { extent.range.end } else { extent.range.end.min((at / BATCH + 1) * BATCH) };
+            batch.push((at..end, is_zero));
+            // An extent that ends inside a block leaves the rest of it to the same batch.
+            if end / BATCH > at / BATCH || batch.len() >= MAX_PIECES {
+                send(std::mem::take(&mut batch))?;
             }
-            return progress.advance(range.end - range.start);
+            at = end;
+        }
+        Ok(())
+    })?;
+    send(batch)
+}
+
+/// A copy under way.
+struct Mover<'a> {
+    source: &'a Disk,
+    target: &'a Disk,
+    target_is_zero: bool,
+    progress: &'a Progress,
+}
+
+impl Mover<'_> {
+    fn move_piece(&self, (range, is_zero): Piece, buffer: &mut AlignedBuffer) -> Result<()> {
+        if is_zero {
+            if !self.target_is_zero {
+                self.target.zero(range.clone(), ZeroMode::Free)?;
+            }
+            return self.progress.advance(range.end - range.start);
         }
         let mut at = range.start;
         while at < range.end {
             // Up to a multiple of the chunk: so both sides stay aligned.
             let len = (CHUNK - at as usize % CHUNK).min((range.end - at) as usize);
-            source.read_at(&mut buffer[..len], at)?;
-            write_chunk(target, &buffer[..len], at, target_is_zero)?;
+            self.source.read_at(&mut buffer[..len], at)?;
+            write_chunk(self.target, &buffer[..len], at, self.target_is_zero)?;
             at += len as u64;
-            progress.advance(len as u64)?;
+            self.progress.advance(len as u64)?;
         }
         Ok(())
-    })
+    }
 }
 
 fn write_chunk(target: &Disk, bytes: &[u8], at: u64, target_is_zero: bool) -> Result<()> {

@@ -9,7 +9,7 @@ use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The ranges of the disk that images from `new` down to the one above `old` hold: sector-exact, ascending, never
-/// adjacent. What lies beyond the end of a smaller `old` counts as changed.
+/// adjacent. What lies beyond the end of a smaller `old`, or of a smaller image between, counts as changed.
 ///
 /// A sector that was written with what it held already counts, too: nothing is read but metadata.
 ///
@@ -17,7 +17,8 @@ use crate::error::{Error, ErrorKind, Result};
 /// `InvalidInput` when `old` is not an image of the chain of `new`; as metadata can't be read.
 pub fn diff(new: &Chain, old: &Path) -> Result<Vec<Range<u64>>> {
     let depth = depth_of(new, old)?;
-    let old_size = new.layers()[depth].size();
+    // An image between that is smaller hides the rest of those below it, also from larger ones above.
+    let shown = new.layers()[..=depth].iter().map(|layer| layer.size()).min().unwrap_or(0);
     let mut changed: Vec<Range<u64>> = Vec::new();
     let mut push = |range: Range<u64>| match changed.last_mut() {
         Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
@@ -25,18 +26,18 @@ pub fn diff(new: &Chain, old: &Path) -> Result<Vec<Range<u64>>> {
         _ => changed.push(range),
     };
     let size = new.capabilities().size;
-    new.extents(0..size.min(old_size), &mut |extent| {
+    new.extents(0..size.min(shown), &mut |extent| {
         if extent.depth < depth && extent.state != ExtentState::Absent {
             push(extent.range);
         }
         Ok(())
     })?;
-    push(old_size.min(size)..size);
+    push(shown.min(size)..size);
     Ok(changed)
 }
 
 /// The layer that is in the file at `path`.
-fn depth_of(chain: &Chain, path: &Path) -> Result<usize> {
+pub(super) fn depth_of(chain: &Chain, path: &Path) -> Result<usize> {
     let identity = |path: &Path| {
         let metadata = std::fs::metadata(path).map_err(|error| Error::io(error, "can't be opened").at(path))?;
         Ok((metadata.dev(), metadata.ino()))

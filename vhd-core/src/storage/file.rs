@@ -2,17 +2,17 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
-use nix::sys::uio::{preadv, pwritev};
+use nix::sys::uio::{pread, preadv, pwrite, pwritev};
 use nix::unistd::{Whence, lseek};
 
+use super::direct::Direct;
 use super::{LockMode, Storage, lock, write_zeros};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -26,6 +26,7 @@ pub struct FileStorage {
     path: PathBuf,
     is_device: bool,
     locked: AtomicBool,
+    direct: Option<Direct>,
 }
 
 impl FileStorage {
@@ -34,8 +35,23 @@ impl FileStorage {
     /// # Errors
     /// When it can't be opened, or is a folder, pipe or character device.
     pub fn open(path: &Path, writable: bool) -> Result<Self> {
+        Self::open_as(path, writable, writable)
+    }
+
+    /// As [`Self::open`] for reading, but a device that is mounted or held by anybody is refused.
+    ///
+    /// # Errors
+    /// As there; `Locked`.
+    pub fn open_alone(path: &Path) -> Result<Self> {
+        Self::open_as(path, false, true)
+    }
+
+    /// Nobody may have a device to himself already that is opened `alone`.
+    fn open_as(path: &Path, writable: bool, alone: bool) -> Result<Self> {
+        let is_device = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
         // A pipe that nobody writes to would be waited for, before it is known to be one.
-        let file = OpenOptions::new().read(true).write(writable).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
+        let flags = if alone && is_device { OFlag::O_NONBLOCK | OFlag::O_EXCL } else { OFlag::O_NONBLOCK };
+        let file = OpenOptions::new().read(true).write(writable).custom_flags(flags.bits()).open(path);
         Self::from_file(file.map_err(|error| open_error(error, writable).at(path))?, path)
     }
 
@@ -52,7 +68,23 @@ impl FileStorage {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(Error::new(ErrorKind::InvalidInput, "is neither a regular file nor a block device").at(path));
         }
-        Ok(Self { file, path: path.to_owned(), is_device: kind.is_block_device(), locked: AtomicBool::new(false) })
+        Ok(Self { file, path: path.to_owned(), is_device: kind.is_block_device(), locked: AtomicBool::new(false), direct: None })
+    }
+
+    /// The same file, with requests past the host's page cache where they are aligned and the file system can. `writable`
+    /// as it was opened.
+    #[must_use]
+    pub fn with_direct_io(mut self, writable: bool) -> Self {
+        self.direct = Direct::of(&self.file, writable);
+        if self.direct.is_none() {
+            tracing::warn!("{}: its file system has no direct I/O, so it goes through the page cache", self.path.display());
+        }
+        self
+    }
+
+    /// The description that a request goes through.
+    fn file_for<B: Deref<Target = [u8]>>(&self, bufs: &[B], offset: i64) -> &File {
+        self.direct.as_ref().filter(|direct| direct.takes(bufs, offset)).map_or(&self.file, |direct| &direct.file)
     }
 
     /// The path it was opened by.
@@ -81,6 +113,12 @@ impl FileStorage {
         Ok(())
     }
 
+    /// Lets others read the file, and still keeps them from writing it: what was locked as [`LockMode::Write`] is locked
+    /// as [`LockMode::Read`] now.
+    pub fn share(&self) {
+        lock::share(&self.file);
+    }
+
     fn fallocate(&self, flags: FallocateFlags, range: &Range<u64>) -> nix::Result<()> {
         if range.is_empty() {
             return Ok(());
@@ -104,6 +142,9 @@ fn open_error(error: io::Error, writable: bool) -> Error {
     match error.raw_os_error() {
         Some(libc_code) if libc_code == Errno::EISDIR as i32 => {
             Error::new(ErrorKind::InvalidInput, "is a folder, expected a file")
+        }
+        Some(code) if code == Errno::EBUSY as i32 => {
+            Error::new(ErrorKind::Locked, "is in use: mounted, or held by another device or program")
         }
         // EPERM is what an immutable file gives.
         Some(code) if writable && [Errno::EACCES, Errno::EROFS, Errno::EPERM].iter().any(|errno| *errno as i32 == code) => {
@@ -171,11 +212,18 @@ fn write_fully(
 
 impl Storage for FileStorage {
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<()> {
-        read_fully(bufs, offset, |bufs, offset| preadv(&self.file, bufs, offset))
+        read_fully(bufs, offset, |bufs, offset| match bufs {
+            // The kernel has less to look at then.
+            [buf] => pread(self.file_for(&[&**buf], offset), buf, offset),
+            bufs => preadv(self.file_for(bufs, offset), bufs, offset),
+        })
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
-        write_fully(bufs, offset, |bufs, offset| pwritev(&self.file, bufs, offset))
+        write_fully(bufs, offset, |bufs, offset| match bufs {
+            [buf] => pwrite(self.file_for(&[&**buf], offset), buf, offset),
+            bufs => pwritev(self.file_for(bufs, offset), bufs, offset),
+        })
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -220,21 +268,21 @@ impl Storage for FileStorage {
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        let len = self.len()?;
-        if offset >= len {
-            return Ok(None);
-        }
+        let rest = || -> io::Result<Option<Range<u64>>> {
+            let len = self.len()?;
+            Ok((offset < len).then_some(offset..len))
+        };
         if self.is_device {
-            return Ok(Some(offset..len));
+            return rest();
         }
         let seek = |from: u64, whence| retry(|| lseek(&self.file, to_off(from)?, whence));
         match seek(offset, Whence::SeekData) {
             Err(Errno::ENXIO) => Ok(None),
-            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(Some(offset..len)),
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => rest(),
             Err(error) => Err(error.into()),
             Ok(start) => {
                 let start = u64::try_from(start).unwrap_or(offset);
-                let end = u64::try_from(seek(start, Whence::SeekHole)?).unwrap_or(len);
+                let end = u64::try_from(seek(start, Whence::SeekHole)?).unwrap_or(start);
                 Ok(Some(start..end))
             }
         }
@@ -247,42 +295,6 @@ impl Storage for FileStorage {
     fn allocated(&self) -> io::Result<u64> {
         if self.is_device { self.len() } else { Ok(self.file.metadata()?.blocks() * 512) }
     }
-}
-
-/// Makes a file at `path` out of what `fill` writes: under a passing name in the same folder, renamed when it is
-/// complete and durable. On a failure nothing is left, and what was at `path` is as it was. A device is written in
-/// place.
-///
-/// # Errors
-/// `Exists` when something is at `path` and `overwrite` is not set; as `fill` or the host fails.
-pub fn replace_file(path: &Path, overwrite: bool, fill: impl FnOnce(&Arc<FileStorage>) -> Result<()>) -> Result<()> {
-    let metadata = std::fs::metadata(path);
-    let exists = || Error::new(ErrorKind::Exists, "exists already; --overwrite replaces it").at(path);
-    match &metadata {
-        Ok(_) if !overwrite => return Err(exists()),
-        Ok(found) if found.file_type().is_block_device() => {
-            let storage = Arc::new(FileStorage::open(path, true)?);
-            storage.lock(LockMode::Write)?;
-            return fill(&storage).map_err(|error| error.at(path));
-        }
-        // Opening it finds folders, and images that are in use.
-        Ok(_) => FileStorage::open(path, true)?.lock(LockMode::Write)?,
-        Err(_) => {}
-    }
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let failed = |error: io::Error| Error::io(error, "can't be created").at(path);
-    let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
-    let file = tempfile::Builder::new().prefix(".vhd-").permissions(permissions).tempfile_in(folder).map_err(failed)?;
-    if let Ok(found) = &metadata {
-        // Who may read what is replaced may read what replaces it, and nobody else.
-        file.as_file().set_permissions(found.permissions()).map_err(failed)?;
-    }
-    let storage = Arc::new(FileStorage::from_file(file.as_file().try_clone().map_err(failed)?, path)?);
-    fill(&storage).map_err(|error| error.at(path))?;
-    storage.sync().map_err(failed)?;
-    let renamed = if overwrite { file.persist(path) } else { file.persist_noclobber(path) };
-    renamed.map_err(|error| if error.error.kind() == io::ErrorKind::AlreadyExists { exists() } else { failed(error.error) })?;
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)
 }
 
 #[cfg(test)]

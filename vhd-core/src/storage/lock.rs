@@ -71,6 +71,13 @@ pub(super) fn acquire(file: &File, mode: LockMode) -> Result<()> {
     Ok(())
 }
 
+/// Gives up the permission to write, without a moment at which someone else could get it.
+pub(super) fn share(file: &File) {
+    for permission in LockMode::Write.held().iter().filter(|held| !LockMode::Read.held().contains(held)) {
+        let _ = fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&one_byte(libc::F_UNLCK, HELD + permission)));
+    }
+}
+
 /// Takes all our locks off, as a failed attempt must not stand in the way of others.
 pub(super) fn release(file: &File) {
     let all = libc::flock { l_type: libc::F_UNLCK as libc::c_short, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };

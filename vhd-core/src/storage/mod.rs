@@ -2,9 +2,12 @@
 
 mod aligned;
 mod buffers;
+mod direct;
 mod file;
+mod host;
 mod lock;
 mod memory;
+mod replace;
 
 use std::fmt::Debug;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -12,9 +15,11 @@ use std::ops::Range;
 
 pub use aligned::AlignedBuffer;
 pub use buffers::{ReadBuffers, WriteBuffers};
-pub use file::{FileStorage, replace_file};
+pub use file::FileStorage;
+pub use host::{Host, LocalHost, folder_of, put_file, resolve};
 pub use lock::LockMode;
 pub use memory::MemoryStorage;
+pub use replace::replace_file;
 
 /// Zeros for those who must write some.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];

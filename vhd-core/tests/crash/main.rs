@@ -106,7 +106,7 @@ fn barriers_of_flushes(events: &[Event]) -> Vec<usize> {
                 }
                 number += 1;
             }
-            Event::Write { .. } | Event::SetLen { .. } => {}
+            _ => {}
         }
     }
     barriers

@@ -29,15 +29,7 @@ pub fn new_image(path: &Path, kind: NewKind, size: u64, block_size: u32) {
 }
 
 pub fn child_options() -> ChildOptions {
-    ChildOptions {
-        size: None,
-        block_size: None,
-        uuid: uuid::Uuid::new_v4().into_bytes(),
-        creator: Creator::WINDOWS_10,
-        timestamp: Timestamp(0),
-        overwrite: false,
-        protect_parent: false,
-    }
+    ChildOptions { timestamp: Timestamp(0), ..ChildOptions::new(uuid::Uuid::new_v4().into_bytes()) }
 }
 
 pub fn new_child(path: &Path, parent: &Path) {

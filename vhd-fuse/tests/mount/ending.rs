@@ -116,12 +116,12 @@ fn what_is_above_and_below_a_mount_is_left_alone() {
 #[test]
 fn only_mounts_of_ours_are_unmounted() {
     let folder = tempfile::tempdir().unwrap();
-    let error = unmount(folder.path(), &mut |_| {}).unwrap_err();
+    let error = unmount(folder.path(), false, &mut |_| {}).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
     assert!(error.to_string().contains("nothing is mounted here"), "{error}");
-    let error = unmount(Path::new("/proc"), &mut |_| {}).unwrap_err();
+    let error = unmount(Path::new("/proc"), false, &mut |_| {}).unwrap_err();
     assert!(error.to_string().contains("kind proc"), "{error}");
-    let error = unmount(Path::new("/no/such/place"), &mut |_| {}).unwrap_err();
+    let error = unmount(Path::new("/no/such/place"), false, &mut |_| {}).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
 }
 
@@ -129,12 +129,12 @@ fn only_mounts_of_ours_are_unmounted() {
 fn a_mount_in_use_is_not_unmounted_and_neither_is_one_that_cannot_flush() {
     let Some(fixture) = mount_size(SIZE) else { return };
     let file = fs::File::open(&fixture.file).unwrap();
-    let error = unmount(fixture.folder.path(), &mut |_| {}).unwrap_err();
+    let error = unmount(fixture.folder.path(), false, &mut |_| {}).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Refused);
     assert!(error.to_string().contains("in use"), "{error}");
     drop(file);
     fixture.memory.full.store(true, Ordering::Relaxed);
-    let error = unmount(fixture.folder.path(), &mut |_| {}).unwrap_err();
+    let error = unmount(fixture.folder.path(), false, &mut |_| {}).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace);
     assert!(fixture.file.exists());
     fixture.memory.full.store(false, Ordering::Relaxed);

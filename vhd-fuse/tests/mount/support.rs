@@ -141,7 +141,7 @@ impl BlockDevice for Shared {
         pending.map_or(Ok(()), visit)
     }
 
-    fn layer_path(&self, _depth: usize) -> Option<&Path> {
+    fn layer_path(&self, _depth: usize) -> Option<PathBuf> {
         None
     }
 

@@ -221,6 +221,8 @@ codes! {
     ParentTimestamp "parent-timestamp" Note false,
     /// The chain of parents leads back into itself, or is too long.
     ChainLoop "chain-loop" Error false,
+    /// An operation on the image was interrupted; its intent record is beside it.
+    Interrupted "interrupted" Error false,
     /// The host can't read a part of the image.
     Unreadable "unreadable" Error false,
     /// Sectors that the bitmap calls unwritten hold data, which reads as zeros.

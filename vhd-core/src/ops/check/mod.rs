@@ -18,7 +18,9 @@ use std::path::{Path, PathBuf};
 pub use code::{Code, Severity};
 
 use crate::chain::{MAX_DEPTH, ParentPolicy};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Footers;
+use crate::intent;
 use crate::progress::Progress;
 use crate::storage::{FileStorage, LockMode, Storage};
 
@@ -84,7 +86,8 @@ pub struct CheckOptions<'a> {
 pub fn check(storage: &dyn Storage, path: &Path, options: &CheckOptions<'_>) -> Result<Report> {
     let file_len = storage.len().map_err(|error| Error::io(error, "can't be examined").at(path))?;
     let mut check = Check { storage, path, options, file_len, findings: Findings::default(), parent: None, next_data: None };
-    check.run().map_err(|error| error.at(path))?;
+    check.run().map_err(|error| intent::explain(path, error.at(path)))?;
+    check.interruption();
     Ok(Report { path: path.to_owned(), findings: check.findings.into_list(), parent: check.parent })
 }
 
@@ -188,6 +191,17 @@ impl Check<'_> {
 
     fn read(&self, buf: &mut [u8], at: u64) -> Result<()> {
         self.storage.read_at(buf, at).map_err(|error| Error::io(error, format!("can't be read at {at:#x}")))
+    }
+
+    /// Tells of an intent record beside the file.
+    fn interruption(&mut self) {
+        let uuid =
+            Footers::read(self.storage).ok().and_then(|footers| footers.authority(true).ok()).map(|(footer, _)| footer.uuid());
+        if let Err(error) = intent::refuse(self.path, uuid, &[])
+            && error.kind() == ErrorKind::Refused
+        {
+            self.add(Code::Interrupted, "intent record", error.message());
+        }
     }
 
     fn run(&mut self) -> Result<()> {

@@ -53,7 +53,8 @@ impl Check<'_> {
 
     /// The table's entry; true when its payload can be read.
     fn locator_place(&mut self, entry: &LocatorEntry, place: &str, regions: &mut Vec<Region>) -> bool {
-        if let PlatformCode::Other(_) = entry.code {
+        let ours = [PlatformCode::UNDO_SESSION, PlatformCode::LINKED_DISK];
+        if matches!(entry.code, PlatformCode::Other(_)) && !ours.contains(&entry.code) {
             let message = format!("has code \"{}\", expected W2ru, W2ku, MacX, Mac, Wi2r or Wi2k", entry.code.name());
             self.add(Code::LocatorUnknown, place, message);
         }

@@ -1,0 +1,47 @@
+//! The cases, by group.
+
+mod chain;
+mod convert;
+mod files;
+mod fuse;
+mod merge;
+mod nbd;
+mod strides;
+mod threads;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::measure::Row;
+
+/// Where and how much.
+pub struct Place {
+    /// A folder in memory: what is measured there is the cost of a path.
+    pub memory: PathBuf,
+    /// A folder on a disk.
+    pub disk: PathBuf,
+    /// Large files.
+    pub long: bool,
+    /// Counted rounds.
+    pub rounds: usize,
+}
+
+type Case = fn(&Place) -> Result<Vec<Row>>;
+
+/// All groups, in the order in which they are run.
+pub const CASES: &[(&str, Case)] = &[
+    ("convert-memory", convert::in_memory),
+    ("convert-disk", convert::on_disk),
+    ("convert-sparse", convert::sparse),
+    ("strides-overwrite", strides::overwrite),
+    ("strides-allocate", strides::allocate),
+    ("merge", merge::merge),
+    ("compact", merge::compact),
+    ("nbd", nbd::nbd),
+    ("fuse", fuse::fuse),
+    ("chain-read", chain::read),
+    ("chain-open", chain::open_all),
+    ("check", chain::check),
+    ("threads", threads::threads),
+];

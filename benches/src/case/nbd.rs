@@ -1,0 +1,103 @@
+//! NBD over a Unix socket: this server and others, in front of the same clients.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::{Place, files};
+use crate::measure::{Row, Sample, Subject, Unit, alternate};
+use crate::process::{Server, run, vhd};
+
+/// A server of the same content as the others.
+struct Served {
+    name: &'static str,
+    server: Server,
+    uri: String,
+}
+
+impl Served {
+    fn start(name: &'static str, command: &mut Command, socket: &Path) -> Result<Self> {
+        let server = Server::start(command, socket)?;
+        Ok(Self { name, server, uri: format!("nbd+unix:///?socket={}", socket.display()) })
+    }
+
+    /// Requests a second, and the server's processor seconds for each million.
+    fn fio(&self, arguments: &[&str], size: u64) -> Result<Sample> {
+        let before = self.server.cpu()?;
+        let output = Command::new("fio")
+            .args(["--name=j", "--ioengine=nbd", "--thread", "--time_based", "--runtime=1s", "--group_reporting"])
+            .args(["--randrepeat=0", "--norandommap", "--output-format=json", &format!("--size={size}")])
+            .arg(format!("--uri={}", self.uri))
+            .args(arguments)
+            .output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        // Notes may stand before the document.
+        let start = text.find('{').with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+        let told: Value = serde_json::from_str(&text[start..])?;
+        let job = &told["jobs"][0];
+        let number = |key: &str| job["read"][key].as_f64().unwrap_or(0.0) + job["write"][key].as_f64().unwrap_or(0.0);
+        let requests = number("total_ios").max(1.0);
+        Ok(Sample { value: number("iops"), cpu: Some((self.server.cpu()? - before) / requests * 1e6), memory: None })
+    }
+
+    fn copy(&self) -> Result<Sample> {
+        let before = self.server.cpu()?;
+        let copied = run(Command::new("nbdcopy").args([self.uri.as_str(), "null:"]))?;
+        Ok(Sample { value: copied.value, cpu: Some(self.server.cpu()? - before), memory: None })
+    }
+}
+
+/// All servers: the reference first, this project's second.
+fn servers(folder: &Path, raw: &Path, image: &Path, mib: u64) -> Result<Vec<Served>> {
+    let socket = |name: &str| folder.join(format!("{name}.sock"));
+    let mut found = Vec::new();
+    let mut nbdkit = Command::new("nbdkit");
+    nbdkit.args(["-f", "-U"]).arg(socket("nbdkit")).arg("file").arg(raw);
+    found.push(Served::start("nbdkit file, raw", &mut nbdkit, &socket("nbdkit"))?);
+    let mut own = Command::new(vhd()?);
+    own.arg("serve").arg(image).arg("--listen").arg(format!("unix:{}", socket("vhd").display()));
+    found.push(Served::start("vhd", &mut own, &socket("vhd"))?);
+    let mut memory = Command::new("nbdkit");
+    memory.args(["-f", "-U"]).arg(socket("memory")).args(["memory", &format!("{mib}M")]);
+    found.push(Served::start("nbdkit memory", &mut memory, &socket("memory"))?);
+    let qemu_image: PathBuf = folder.join("qemu.vhd");
+    // A copy: QEMU would write to the image that is served.
+    std::fs::copy(image, &qemu_image)?;
+    let mut qemu = Command::new("qemu-nbd");
+    qemu.arg("-k").arg(socket("qemu")).args(["-f", "vpc", "--aio=threads", "-e", "8", "-t"]).arg(&qemu_image);
+    found.push(Served::start("qemu-nbd, vpc", &mut qemu, &socket("qemu"))?);
+    Ok(found)
+}
+
+const LOADS: [(&str, &[&str], f64); 7] = [
+    ("random read 4 KiB, depth 1", &["--rw=randread", "--bs=4k", "--iodepth=1"], 1.0),
+    ("random read 4 KiB, depth 32", &["--rw=randread", "--bs=4k", "--iodepth=32"], 1.0),
+    ("random read 4 KiB, 4 connections of depth 8", &["--rw=randread", "--bs=4k", "--iodepth=8", "--numjobs=4"], 1.0),
+    ("random write 4 KiB, depth 1", &["--rw=randwrite", "--bs=4k", "--iodepth=1"], 1.0),
+    ("random write 4 KiB, depth 32", &["--rw=randwrite", "--bs=4k", "--iodepth=32"], 1.0),
+    ("random write 4 KiB, 4 connections of depth 8", &["--rw=randwrite", "--bs=4k", "--iodepth=8", "--numjobs=4"], 1.0),
+    ("sequential read 256 KiB, depth 8", &["--rw=read", "--bs=256k", "--iodepth=8"], 1.2),
+];
+
+pub fn nbd(place: &Place) -> Result<Vec<Row>> {
+    let mib = if place.long { 2048 } else { 512 };
+    let (raw, image) = (place.memory.join("nbd.img"), place.memory.join("nbd.vhd"));
+    files::noise(&raw, mib)?;
+    run(Command::new(vhd()?).arg("convert").arg(&raw).arg(&image))?;
+    let servers = servers(&place.memory, &raw, &image, mib)?;
+    let mut rows = Vec::new();
+    for (load, arguments, target) in LOADS {
+        let mut subjects: Vec<_> =
+            servers.iter().map(|served| Subject::new(served.name, || served.fio(arguments, mib << 20))).collect();
+        let own = subjects.remove(1).with_target(target);
+        subjects.insert(1, own);
+        rows.extend(alternate(&format!("NBD {load}"), Unit::PerSecond, place.rounds, &mut subjects)?);
+    }
+    let mut subjects: Vec<_> = servers.iter().map(|served| Subject::new(served.name, || served.copy())).collect();
+    let own = subjects.remove(1).with_target(1.0 / 1.2);
+    subjects.insert(1, own);
+    rows.extend(alternate("NBD, nbdcopy to null", Unit::Seconds, place.rounds, &mut subjects)?);
+    Ok(rows)
+}

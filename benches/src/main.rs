@@ -1,0 +1,68 @@
+//! Runs the benchmarks and writes their table; see `benches/README.md`.
+
+mod case;
+mod floor;
+mod measure;
+mod process;
+mod report;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+
+use self::case::{CASES, Place};
+use self::report::Report;
+
+/// Measures how far each path is from what the kernel can do, and from what a user would pick instead.
+#[derive(Debug, Parser)]
+struct Options {
+    /// Larger files and more rounds: an hour instead of minutes
+    #[arg(long)]
+    long: bool,
+    /// Only cases whose group begins like this; may be given more than once
+    #[arg(long)]
+    only: Vec<String>,
+    /// Counted rounds of each case
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// A folder in memory
+    #[arg(long, default_value = "/dev/shm")]
+    memory: PathBuf,
+    /// A folder on a disk
+    #[arg(long, default_value = "/var/tmp")]
+    disk: PathBuf,
+    /// Serve a raw file on a folder instead, as the reference of the FUSE cases
+    #[arg(long, num_args = 2, value_names = ["FILE", "FOLDER"])]
+    serve_floor: Option<Vec<PathBuf>>,
+    /// Where the results go
+    #[arg(long, default_value = "target/bench")]
+    output: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    if let Some([file, folder]) = options.serve_floor.as_deref() {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        // As many as `vhd mount` has.
+        return floor::serve(file, folder, (threads * 2).clamp(8, 16));
+    }
+    let rounds = options.rounds.unwrap_or(if options.long { 9 } else { 5 });
+    let (memory, disk) = (tempfile::tempdir_in(&options.memory)?, tempfile::tempdir_in(&options.disk)?);
+    let place = Place { memory: memory.path().into(), disk: disk.path().into(), long: options.long, rounds };
+    std::fs::create_dir_all(&options.output).with_context(|| options.output.display().to_string())?;
+    let mut report = Report::new(&place.memory, &place.disk, rounds);
+    for (group, case) in CASES {
+        if options.only.is_empty() || options.only.iter().any(|only| group.starts_with(only.as_str())) {
+            eprintln!("{group} ...");
+            match case(&place) {
+                Ok(rows) => report.rows.extend(rows),
+                // The others are worth having all the same.
+                Err(error) => eprintln!("{group}: NOT MEASURED: {error:#}"),
+            }
+            report.write(&options.output)?;
+        }
+    }
+    print!("{}", report.to_markdown());
+    Ok(())
+}

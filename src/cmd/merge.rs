@@ -1,0 +1,111 @@
+//! `vhd merge`
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::Serialize;
+use vhd_core::Error;
+use vhd_core::ops::merge::{MergeOptions, MergePlan, execute, plan};
+
+use super::ChainArgs;
+use crate::output::{Answer, Context, ShownPath, from_here};
+
+/// Arguments of `vhd merge`.
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    /// The image whose content goes into one below it
+    child: PathBuf,
+    /// The image that takes it, and that of all images between: the parent by default
+    #[arg(long, value_name = "ANCESTOR")]
+    into: Option<PathBuf>,
+    /// Remove the child and the images between when it is done
+    #[arg(long)]
+    delete: bool,
+    /// Go on although other children are lost, the ancestor is write-protected or a saved state relies on it
+    #[arg(long)]
+    force: bool,
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    open: ChainArgs,
+}
+
+/// The JSON of `vhd merge`.
+#[derive(Serialize)]
+struct Document<'a> {
+    child: ShownPath<'a>,
+    into: ShownPath<'a>,
+    between: Vec<ShownPath<'a>>,
+    /// The child's own children, which become the ancestor's.
+    reparented: Vec<ShownPath<'a>>,
+    /// Other children, which can't be opened afterwards.
+    lost: Vec<ShownPath<'a>>,
+    /// Bytes that are moved.
+    data: u64,
+    /// Bytes that become zero.
+    zeros: u64,
+    delete: bool,
+    /// An interrupted merge is finished.
+    resumed: bool,
+    done: bool,
+}
+
+impl MergeArgs {
+    pub fn run(&self, context: &Context) -> Result<Answer, Error> {
+        let chain = self.open.options(false, false);
+        let options = MergeOptions { into: self.into.clone(), delete: self.delete, force: self.force };
+        let plan = plan(&self.child, &options, &chain)?;
+        if !self.dry_run {
+            context.with_progress("merge", |progress| execute(&plan, &options, &chain, progress))?;
+        }
+        context.print(&text(&plan, !self.dry_run), &document(&plan, !self.dry_run))?;
+        Ok(Answer::Yes)
+    }
+}
+
+fn document(plan: &MergePlan, done: bool) -> Document<'_> {
+    let member = &plan.member;
+    Document {
+        child: ShownPath(&member.leaf),
+        into: ShownPath(&member.target),
+        between: member.between.iter().map(|path| ShownPath(path)).collect(),
+        reparented: member.children.iter().map(|path| ShownPath(path)).collect(),
+        lost: plan.lost.iter().map(|path| ShownPath(path)).collect(),
+        data: plan.data,
+        zeros: plan.zeros,
+        delete: member.delete,
+        resumed: plan.is_resumed(),
+        done,
+    }
+}
+
+fn text(plan: &MergePlan, done: bool) -> String {
+    let member = &plan.member;
+    let mut text = String::new();
+    let [verb, removed, reparented] = if done {
+        ["merged", "removed", "is its child now"]
+    } else {
+        ["would merge", "would be removed", "would become its child"]
+    };
+    let resumed = if plan.is_resumed() { ", going on where it was interrupted" } else { "" };
+    let (leaf, target) = (from_here(&member.leaf), from_here(&member.target));
+    let _ = writeln!(text, "{verb} {leaf} into {target}{resumed}");
+    let _ = writeln!(text, "  {} bytes of data, {} bytes that are zero", plan.data, plan.zeros);
+    for path in &member.between {
+        let _ = writeln!(text, "  with {}", from_here(path));
+    }
+    for path in &member.children {
+        let _ = writeln!(text, "  {} {reparented}", from_here(path));
+    }
+    for path in &plan.lost {
+        let _ = writeln!(text, "  {} is lost: it can't be opened any more", from_here(path));
+    }
+    if member.delete {
+        for path in std::iter::once(&member.leaf).chain(&member.between) {
+            let _ = writeln!(text, "  {} {removed}", from_here(path));
+        }
+    }
+    text
+}

@@ -1,0 +1,131 @@
+//! What `vhd ctl` may ask a mount for.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde_json::{Value, json};
+use uuid::Uuid;
+use vhd_core::chain::ChildOptions;
+use vhd_core::{Disk, Error, LiveDisk, Result};
+use vhd_service::control::{Control, EXTENSION, Handler, Request};
+use vhd_service::events::{Event, Events};
+use vhd_service::metrics::Metrics;
+use vhd_service::runtime;
+use vhd_service::space::{Change, Watch};
+
+use crate::sizes;
+
+/// Events that are remembered: a process in the background has nobody to tell.
+const EVENTS: usize = 32;
+
+/// A mount's socket, counters and watch over free space; they end when this is dropped.
+pub struct Service {
+    _control: Option<Control>,
+    pub socket: Option<PathBuf>,
+}
+
+struct Admin {
+    name: String,
+    live: LiveDisk,
+    target: PathBuf,
+    read_only: bool,
+    metrics: Metrics,
+    events: Events,
+    told: Mutex<VecDeque<Event>>,
+    inbox: Mutex<std::sync::mpsc::Receiver<Event>>,
+    watch: Watch,
+}
+
+/// The name of a mounted disk: its file's, without the ending.
+fn name_of(image: &Path) -> String {
+    image.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Counts what is asked of the disk from now on. Returns the disk to use in its place, and the counters.
+pub fn counted(live: &LiveDisk) -> (Disk, Metrics) {
+    let metrics = Metrics::default();
+    (metrics.watch(&name_of(&live.leaf()), &live.disk()), metrics)
+}
+
+/// Listens for commands. A mount without a socket, where there can be none, is a mount still.
+pub fn start(live: &LiveDisk, metrics: Metrics, target: &Path, read_only: bool, low_space: u64) -> Result<Service> {
+    let events = Events::default();
+    let inbox = Mutex::new(events.subscribe());
+    let image = live.leaf();
+    let watch = watch(low_space, &events)?;
+    watch.add(&image);
+    let (name, target) = (name_of(&image), target.to_owned());
+    let told = Mutex::default();
+    let admin = Admin { name, live: live.clone(), target, read_only, metrics, events, told, inbox, watch };
+    let bound = runtime::folder()
+        .map(|folder| folder.join(format!("mount-{}.{EXTENSION}", std::process::id())))
+        .and_then(|path| Control::bind(&path, Arc::new(admin)));
+    match bound {
+        Ok(control) => Ok(Service { socket: Some(control.path().to_owned()), _control: Some(control) }),
+        Err(error) => {
+            tracing::warn!("vhd ctl can't reach this mount: {error}");
+            Ok(Service { socket: None, _control: None })
+        }
+    }
+}
+
+fn watch(low: u64, events: &Events) -> Result<Watch> {
+    let events = events.clone();
+    Watch::start(low, move |path, change, space| {
+        let (subject, room) = (path.display().to_string(), sizes::show(space.free));
+        match change {
+            Change::Low => events.warn("low-space", subject, format!("its volume has {room} left; writes fail when it is full")),
+            Change::Back => events.note("space-back", subject, format!("its volume has {room} again")),
+        }
+    })
+}
+
+impl Handler for Admin {
+    fn handle(&self, request: &Request) -> Result<Value> {
+        match request.command.as_str() {
+            "list" => Ok(self.list()),
+            "snapshot" => self.snapshot(request),
+            "metrics" => Ok(self.metrics.to_text().into()),
+            _ => Err(request.unknown(&["list", "snapshot", "metrics"])),
+        }
+    }
+}
+
+impl Admin {
+    fn list(&self) -> Value {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.extend(self.inbox.lock().unwrap_or_else(PoisonError::into_inner).try_iter());
+        while told.len() > EVENTS {
+            told.pop_front();
+        }
+        let disk = self.live.disk();
+        let export = json!({
+            "name": self.name,
+            "image": self.live.leaf().to_string_lossy(),
+            "target": self.target.to_string_lossy(),
+            "size": disk.capabilities().size,
+            "read_only": self.read_only,
+            "clients": 0,
+        });
+        json!({ "exports": [export], "clients": [], "events": *told })
+    }
+
+    fn snapshot(&self, request: &Request) -> Result<Value> {
+        let name = request.text("name")?;
+        if name != self.name {
+            let message = format!("no disk of the name {name:?} is mounted here, only {:?}", self.name);
+            return Err(Error::new(vhd_core::ErrorKind::NotFound, message));
+        }
+        let path = PathBuf::from(request.text("path")?);
+        let before = self.live.leaf();
+        let created = self.live.snapshot(&path, &ChildOptions::new(Uuid::new_v4().into_bytes()))?;
+        self.watch.add(&path);
+        self.events.note("snapshot", &self.name, format!("{} is written from now on", path.display()));
+        Ok(json!({
+            "image": path.to_string_lossy(),
+            "parent": before.to_string_lossy(),
+            "notes": created.notes,
+        }))
+    }
+}

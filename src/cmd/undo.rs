@@ -1,0 +1,135 @@
+//! `vhd undo`
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use vhd_core::Error;
+use vhd_core::ops::undo::{self, Status};
+
+use super::ChainArgs;
+use crate::output::{Answer, Context, ShownPath, from_here};
+
+/// Arguments of `vhd undo`.
+#[derive(Debug, Args)]
+pub struct UndoArgs {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Make an undo disk for each image: from now on write to that
+    Start(SessionArgs),
+    /// Say whether there are changes; exit status 1 when there are
+    Status(SessionArgs),
+    /// Move what was written into the images: into all of them, or none
+    Commit(SessionArgs),
+    /// Throw what was written away: of all images, or none
+    Discard(SessionArgs),
+}
+
+#[derive(Debug, Args)]
+struct SessionArgs {
+    /// The images, which are one session
+    #[arg(required = true)]
+    images: Vec<PathBuf>,
+    /// The folder of the undo disks: beside each image by default
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Go on although children of an image or of its undo disk are lost
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    open: ChainArgs,
+}
+
+/// One entry of the JSON of `vhd undo`.
+#[derive(Serialize)]
+struct Document<'a> {
+    path: ShownPath<'a>,
+    undo: Option<ShownPath<'a>>,
+    session: Option<String>,
+    /// Bytes of the disk that were written.
+    changed: u64,
+    /// Undo disks that the session lacks.
+    missing: Vec<ShownPath<'a>>,
+    committing: bool,
+}
+
+impl UndoArgs {
+    pub fn run(&self, context: &Context) -> Result<Answer, Error> {
+        match &self.action {
+            Action::Start(args) => args.start(context),
+            Action::Status(args) => args.status(context),
+            Action::Commit(args) => args.commit(context),
+            Action::Discard(args) => args.discard(context),
+        }
+    }
+}
+
+impl SessionArgs {
+    fn start(&self, context: &Context) -> Result<Answer, Error> {
+        let chain = self.open.options(false, self.force);
+        let (session, notes) = undo::start(&self.images, self.dir.as_deref(), &chain)?;
+        notes.iter().for_each(|note| context.note(note));
+        let text: String = session.members.iter().map(|member| format!("{}\n", from_here(&member.undo))).collect();
+        let states = undo::status(&self.images, self.dir.as_deref(), &chain)?;
+        context.print(&text, &documents(&states))?;
+        Ok(Answer::Yes)
+    }
+
+    fn status(&self, context: &Context) -> Result<Answer, Error> {
+        let states = undo::status(&self.images, self.dir.as_deref(), &self.open.options(false, false))?;
+        let text: String = states.iter().map(text).collect();
+        context.print(&text, &documents(&states))?;
+        let pending = states.iter().any(|state| state.changed > 0 || state.committing || !state.missing.is_empty());
+        Ok(if pending { Answer::No } else { Answer::Yes })
+    }
+
+    fn commit(&self, context: &Context) -> Result<Answer, Error> {
+        let chain = self.open.options(false, self.force);
+        let dir = self.dir.as_deref();
+        context.with_progress("undo commit", |progress| undo::commit(&self.images, dir, self.force, &chain, progress))?;
+        context.print("", &documents(&undo::status(&self.images, dir, &chain)?))?;
+        Ok(Answer::Yes)
+    }
+
+    fn discard(&self, context: &Context) -> Result<Answer, Error> {
+        let chain = self.open.options(false, self.force);
+        let dir = self.dir.as_deref();
+        undo::discard(&self.images, dir, self.force, &chain)?;
+        context.print("", &documents(&undo::status(&self.images, dir, &chain)?))?;
+        Ok(Answer::Yes)
+    }
+}
+
+fn documents(states: &[Status]) -> Vec<Document<'_>> {
+    fn document(state: &Status) -> Document<'_> {
+        Document {
+            path: ShownPath(&state.image),
+            undo: state.undo.as_deref().map(ShownPath),
+            session: state.session.as_ref().map(|session| session.id.to_string()),
+            changed: state.changed,
+            missing: state.missing.iter().map(|path| ShownPath(path)).collect(),
+            committing: state.committing,
+        }
+    }
+    states.iter().map(document).collect()
+}
+
+fn text(state: &Status) -> String {
+    let image = from_here(&state.image);
+    let mut text = String::new();
+    let _ = match &state.undo {
+        _ if state.committing => writeln!(text, "{image}: a commit was interrupted: finish it with vhd undo commit"),
+        None => writeln!(text, "{image}: no undo disk"),
+        Some(undo) if state.changed == 0 => writeln!(text, "{image}: nothing changed in {}", from_here(undo)),
+        Some(undo) => writeln!(text, "{image}: {} bytes changed in {}", state.changed, from_here(undo)),
+    };
+    for missing in &state.missing {
+        let _ = writeln!(text, "  its session lacks {}: it can only be discarded", from_here(missing));
+    }
+    text
+}

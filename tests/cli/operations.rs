@@ -1,0 +1,77 @@
+//! What is done with whole images: compact, resize, repair.
+
+use std::fs;
+
+use crate::support::{done, expect, json, refused, vhd_fed};
+
+#[test]
+fn compact_gives_back_what_is_zero_and_changes_nothing_that_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let write = |at: &str, bytes: &[u8]| expect(vhd_fed(dir, &format!("write disk.vhd --offset {at}"), bytes), 0, "write");
+    let len = || fs::metadata(dir.join("disk.vhd")).unwrap().len();
+    done(dir, "create disk.vhd --size 64M");
+    write("0", &vec![7; 4 << 20]);
+    write("32M", &vec![b'x'; 2 << 20]);
+    write("0", &vec![0; 4 << 20]);
+    let before = len();
+    assert!(done(dir, "compact disk.vhd --dry-run").contains("would be"));
+    assert_eq!(len(), before);
+    let answer = json(dir, "compact disk.vhd", 0);
+    assert_eq!(answer[0]["blocks_dropped"], 2);
+    assert_eq!((answer[0]["file_size_before"].as_u64(), answer[0]["file_size"].as_u64()), (Some(before), Some(len())));
+    assert_eq!(done(dir, "read disk.vhd --offset 32M --length 2M"), "x".repeat(2 << 20));
+    done(dir, "check --deep disk.vhd");
+}
+
+#[test]
+fn compact_says_what_a_fixed_image_needs() {
+    let folder = tempfile::tempdir().unwrap();
+    done(folder.path(), "create fixed.vhd --size 4M --type fixed");
+    assert!(refused(folder.path(), "compact fixed.vhd").contains("convert"));
+}
+
+#[test]
+fn resize_grows_and_shrinks_and_says_what_is_in_the_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    for kind in ["dynamic", "fixed"] {
+        done(dir, &format!("create {kind}.vhd --size 4M --type {kind}"));
+        let answer = json(dir, &format!("resize {kind}.vhd 8M"), 0);
+        assert_eq!((answer["size_before"].as_u64(), answer["virtual_size"].as_u64()), (Some(4 << 20), Some(8 << 20)));
+        expect(vhd_fed(dir, &format!("write {kind}.vhd --offset 6M"), b"data"), 0, "write");
+        assert!(refused(dir, &format!("resize {kind}.vhd 5M")).contains("--shrink"));
+        assert!(refused(dir, &format!("resize {kind}.vhd 5M --shrink")).contains("--discard-data"));
+        done(dir, &format!("resize {kind}.vhd 7M --shrink"));
+        assert_eq!(done(dir, &format!("read {kind}.vhd --offset 6M --length 4")), "data");
+        assert_eq!(json(dir, &format!("info {kind}.vhd"), 0)["virtual_size"], 7 << 20);
+        done(dir, &format!("check --deep {kind}.vhd"));
+    }
+}
+
+#[test]
+fn repair_says_what_it_does_and_is_taken_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create disk.vhd --size 4M");
+    expect(vhd_fed(dir, "write disk.vhd --offset 0", b"data"), 0, "write");
+    let mut bytes = fs::read(dir.join("disk.vhd")).unwrap();
+    let end = bytes.len() - 512;
+    bytes[end..].fill(0);
+    fs::write(dir.join("disk.vhd"), &bytes).unwrap();
+    let planned = json(dir, "check disk.vhd --repair --dry-run", 0);
+    assert_eq!((planned["done"].as_bool(), planned["changes"].as_array().map(Vec::len)), (Some(false), Some(1)));
+    assert!(fs::read(dir.join("disk.vhd")).unwrap() == bytes);
+    assert!(done(dir, "check disk.vhd --repair").contains("--undo-repair"));
+    done(dir, "check disk.vhd");
+    assert_eq!(done(dir, "read disk.vhd --offset 0 --length 4"), "data");
+    done(dir, "check disk.vhd --undo-repair");
+    assert!(fs::read(dir.join("disk.vhd")).unwrap() == bytes);
+    // A BAT entry that leads nowhere is given up by --repair=all alone.
+    bytes[1536..1540].copy_from_slice(&[0, 255, 255, 255]);
+    fs::write(dir.join("disk.vhd"), &bytes).unwrap();
+    assert_eq!(json(dir, "check disk.vhd --repair", 1)["ok"], false);
+    let all = json(dir, "check disk.vhd --repair=all", 0);
+    assert!(all["lost"][0].as_str().unwrap().contains("block 0"), "{all}");
+    assert!(refused(dir, "check missing.vhd --repair").contains("missing.vhd"));
+}

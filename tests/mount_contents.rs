@@ -1,0 +1,405 @@
+//! What a mount shows beside the disk, and how it is ended and asked.
+//!
+//! Goal: layers, texts and views tell the same as the commands and as another reader of VHDs; undo mounts keep, commit and
+//! discard; fstab's helper mounts; a mount is snapshot under load; nothing that happens to its server or its image leaves a
+//! user hanging. Method: the built command and real mounts; vhdimount judges the layers.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod support;
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::{FileExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use support::mounts::{Cleanup, possible, wait_until};
+use support::{done, json, names_in, noise, refused, run, text, vhd};
+use tempfile::TempDir;
+use vhd_core::{LiveDisk, chain::ChainOptions};
+use vhd_service::control::{Request, call};
+use vhd_testkit::tools::VhdiMount;
+
+/// A folder with an image, and where to mount it.
+struct Place {
+    // In this order: unmounted, then removed.
+    _cleanup: Cleanup,
+    folder: TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("disk")).unwrap();
+        done(folder.path(), "create a.vhd --size 32M");
+        Self { _cleanup: Cleanup(vec![folder.path().join("disk"), folder.path().join("file")]), folder }
+    }
+
+    fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn write(&self, name: &str, offset: u64, data: &[u8]) {
+        let file = OpenOptions::new().write(true).open(self.path().join(name)).unwrap();
+        file.write_all_at(data, offset).unwrap();
+    }
+
+    fn in_image(&self, name: &str, offset: u64, length: usize) -> Vec<u8> {
+        vhd(self.path(), &format!("read {name} --offset {offset} --length {length}")).stdout
+    }
+
+    fn pid(document: &Value) -> Pid {
+        Pid::from_raw(document["pid"].as_i64().unwrap() as i32)
+    }
+}
+
+#[test]
+fn the_layers_are_what_another_reader_finds_in_every_chain() {
+    let Some(judge) = VhdiMount::find().filter(|_| possible(&[])) else { return };
+    let place = Place::new();
+    let folder = place.path();
+    support::vhd_fed(folder, "write a.vhd --offset 0", &noise(1, 5 << 20));
+    let mut leaf = "a.vhd".to_owned();
+    for depth in 1..5_u64 {
+        let child = format!("{depth}.vhd");
+        done(folder, &format!("create {child} --parent {leaf}"));
+        // In aligned runs of 4 KiB, which is what the judge can tell (see there).
+        for run in 0..4 {
+            let offset = depth * 65536 + run * (3 << 20);
+            support::vhd_fed(folder, &format!("write {child} --offset {offset}"), &noise(depth, 40960));
+        }
+        leaf = child;
+    }
+    done(folder, &format!("mount --read-only {leaf} disk"));
+    let judged = judge.mount(&folder.join(&leaf)).unwrap();
+    let views = judged.views().unwrap();
+    let layers = names_in(&folder.join("disk/layers"));
+    assert_eq!(layers, ["0", "1", "2", "3", "4"]);
+    assert_eq!(views.len(), layers.len());
+    for (layer, view) in layers.iter().zip(views.iter().rev()) {
+        let ours = fs::read(folder.join("disk/layers").join(layer)).unwrap();
+        assert!(ours == fs::read(view).unwrap(), "layer {layer}");
+    }
+    let whole = fs::read(folder.join("disk/disk.raw")).unwrap();
+    assert!(whole == fs::read(folder.join("disk/layers/0")).unwrap());
+    drop(judged);
+    done(folder, "unmount disk");
+}
+
+#[test]
+fn texts_tell_what_the_commands_tell() {
+    if !possible(&[]) {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.path();
+    done(folder, "create b.vhd --parent a.vhd");
+    support::vhd_fed(folder, "write b.vhd --offset 5000000", &noise(1, 5000));
+    let image = folder.join("b.vhd");
+    let (info, map) =
+        (json(folder, &format!("info --chain {}", image.display()), 0), json(folder, &format!("map {}", image.display()), 0));
+    done(folder, "mount --read-only b.vhd disk");
+    let told = |name: &str| serde_json::from_slice::<Value>(&fs::read(folder.join("disk").join(name)).unwrap()).unwrap();
+    assert_eq!(told("map.json"), map);
+    assert_eq!(told("info.json"), info);
+    // Many at once, in parts, and by programs that look at the size first.
+    let copied = folder.join("copy");
+    run("cp", &[folder.join("disk/map.json"), copied.clone()]);
+    assert_eq!(serde_json::from_slice::<Value>(&fs::read(copied).unwrap()).unwrap(), map);
+    OpenOptions::new().write(true).open(folder.join("disk/info.json")).unwrap_err();
+    done(folder, "unmount disk");
+}
+
+#[test]
+fn what_is_written_through_one_file_is_read_through_the_others() {
+    if !possible(&["sfdisk"]) {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.path();
+    done(folder, "mount a.vhd disk");
+    run("sh", &["-c", &format!("echo 2048,20480 | sfdisk -q {}", folder.join("disk/disk.raw").display())]);
+    done(folder, "unmount disk");
+    done(folder, "mount a.vhd disk");
+    let read = |name: &str, offset: u64| {
+        let mut found = [0; 6];
+        fs::File::open(folder.join("disk").join(name)).unwrap().read_exact_at(&mut found, offset).unwrap();
+        found
+    };
+    // All have read the place before, so that it is in the page cache of each.
+    for (round, text) in [b"first ", b"second", b"third "].into_iter().enumerate() {
+        let (written, offset) = if round == 1 { ("disk/disk.raw", 1 << 20) } else { ("disk/p1", 0) };
+        place.write(written, offset, text);
+        assert_eq!((&read("p1", 0), &read("disk.raw", 1 << 20), &read("layers/0", 1 << 20)), (text, text, text));
+    }
+    done(folder, "unmount disk");
+}
+
+#[test]
+fn a_file_becomes_the_disk_and_a_link_leads_to_it() {
+    if !possible(&["mkfs.ext4"]) {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.path();
+    fs::write(folder.join("file"), "was here").unwrap();
+    symlink("file", folder.join("link")).unwrap();
+    done(folder, "mount a.vhd file");
+    assert_eq!(fs::metadata(folder.join("file")).unwrap().len(), 32 << 20);
+    run("mkfs.ext4", &["-q", "-F", folder.join("file").to_str().unwrap()]);
+    run("e2fsck", &["-fn", folder.join("link").to_str().unwrap()]);
+    done(folder, "unmount link");
+    assert_eq!(fs::read(folder.join("file")).unwrap(), b"was here");
+    let said = refused(folder, "mount a.vhd a.vhd");
+    assert!(said.contains("image itself"), "{said}");
+    done(folder, "mount --fs a.vhd disk");
+    assert!(folder.join("disk/lost+found").exists());
+    done(folder, "unmount disk");
+}
+
+#[test]
+fn undo_mounts_keep_commit_and_discard() {
+    if !possible(&[]) {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.path();
+    support::vhd_fed(folder, "write a.vhd --offset 0", b"old");
+    let before = fs::read(folder.join("a.vhd")).unwrap();
+    done(folder, "mount --undo a.vhd disk");
+    place.write("disk/disk.raw", 0, b"new");
+    done(folder, "unmount disk");
+    assert!(fs::read(folder.join("a.vhd")).unwrap() == before, "nothing is in the image until it is committed");
+    // It goes on, and is given up.
+    done(folder, "mount --undo a.vhd disk");
+    assert_eq!(&fs::read(folder.join("disk/disk.raw")).unwrap()[..3], b"new");
+    done(folder, "unmount disk --discard");
+    assert_eq!(names_in(folder), ["a.vhd", "disk"]);
+    assert!(fs::read(folder.join("a.vhd")).unwrap() == before);
+
+    done(folder, "mount --undo a.vhd disk");
+    place.write("disk/disk.raw", 3 << 20, b"kept");
+    done(folder, "unmount disk --commit");
+    assert_eq!(place.in_image("a.vhd", 3 << 20, 4), b"kept");
+    assert_eq!(names_in(folder), ["a.vhd", "disk"]);
+
+    done(folder, "mount a.vhd disk");
+    let said = refused(folder, "unmount disk --commit");
+    assert!(said.contains("--undo"), "{said}");
+    done(folder, "unmount disk");
+}
+
+#[test]
+fn mount_runs_the_helper_with_the_words_of_fstab() {
+    if !possible(&[]) {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.path();
+    let helper = Path::new("/sbin/mount.vhd");
+    if helper.exists() {
+        eprintln!("SKIPPED: there is a {} already", helper.display());
+        return;
+    }
+    symlink(env!("CARGO_BIN_EXE_vhd"), helper).unwrap();
+    let work = || {
+        let table = folder.join("fstab");
+        let [image, at] = [folder.join("a.vhd"), folder.join("disk")].map(|path| path.display().to_string());
+        fs::write(&table, format!("{image} {at} vhd rw,noauto,nofail,x-systemd.automount,umask=022,parent_dir=/srv 0 0\n"))
+            .unwrap();
+        run("mount", &["-T", table.to_str().unwrap(), &at]);
+        place.write("disk/disk.raw", 0, b"by fstab");
+        run("umount", &[&at]);
+        wait_until("it is closed", || vhd(folder, "check --repair --dry-run a.vhd").status.success());
+        run("mount", &["-t", "vhd", "-o", "ro", &image, &at]);
+        assert!(OpenOptions::new().write(true).open(folder.join("disk/disk.raw")).is_err());
+        assert_eq!(&fs::read(folder.join("disk/disk.raw")).unwrap()[..8], b"by fstab");
+        done(folder, "unmount disk");
+        let output = Command::new("mount").args(["-t", "vhd", "-o", "frobnicate", &image, &at]).output().unwrap();
+        assert!(!output.status.success() && text(&output.stderr).contains("frobnicate"), "{output:?}");
+    };
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+    fs::remove_file(helper).unwrap();
+    result.unwrap();
+}
+
+#[test]
+fn a_snapshot_under_load_splits_what_was_written() {
+    if !possible(&[]) {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.path();
+    let mounted = json(folder, "mount a.vhd disk", 0);
+    let socket = PathBuf::from(mounted["control"].as_str().unwrap());
+    let ask = |request: &Request| call(&socket, request).unwrap();
+    let file = OpenOptions::new().read(true).write(true).open(folder.join("disk/disk.raw")).unwrap();
+    // A counter at every place: no write is lost, and none goes back.
+    let writing = thread::spawn(move || {
+        for round in 1..=2000_u32 {
+            file.write_all_at(&round.to_be_bytes(), u64::from(round % 50) * 300_000).unwrap();
+        }
+        file.sync_all().unwrap();
+    });
+    for index in 0..3 {
+        thread::sleep(Duration::from_millis(20));
+        let path = folder.join(format!("leaf{index}.vhd"));
+        ask(&Request::new("snapshot").with("name", "a").with("path", path.to_str().unwrap()));
+    }
+    writing.join().unwrap();
+    let listed = ask(&Request::new("list"));
+    assert!(listed["exports"][0]["image"].as_str().unwrap().ends_with("leaf2.vhd"), "{listed}");
+    let metrics = ask(&Request::new("metrics"));
+    assert!(metrics.as_str().unwrap().contains("vhd_requests_total"), "{metrics}");
+    done(folder, "unmount disk");
+    for place_of in 0..50_u32 {
+        let last = u32::from_be_bytes(place.in_image("leaf2.vhd", u64::from(place_of) * 300_000, 4).try_into().unwrap());
+        assert_eq!(last, if place_of == 0 { 2000 } else { 1950 + place_of });
+    }
+    done(folder, "check --chain --deep leaf2.vhd");
+}
+
+/// Stops a process, and waits until all its threads have.
+fn stop(pid: Pid) {
+    kill(pid, Signal::SIGSTOP).unwrap();
+    let stopped = |stat: PathBuf| fs::read_to_string(stat).unwrap().contains(") T ");
+    let threads = || fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|thread| thread.unwrap().path().join("stat"));
+    wait_until("it is stopped", || threads().all(stopped));
+}
+
+#[test]
+fn a_stopped_server_is_named_and_can_be_given_up() {
+    if !possible(&[]) {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.path();
+    let mounted = json(folder, "mount a.vhd disk", 0);
+    place.write("disk/disk.raw", 0, b"before");
+    stop(Place::pid(&mounted));
+    let began = Instant::now();
+    let said = refused(folder, "unmount disk");
+    assert!(said.contains("kill -CONT") && began.elapsed() < Duration::from_secs(30), "{said}");
+    kill(Place::pid(&mounted), Signal::SIGCONT).unwrap();
+    done(folder, "unmount disk");
+    assert_eq!(place.in_image("a.vhd", 0, 6), b"before");
+
+    let mounted = json(folder, "mount a.vhd disk", 0);
+    stop(Place::pid(&mounted));
+    let hanging = {
+        let file = folder.join("disk/disk.raw");
+        thread::spawn(move || fs::read(file))
+    };
+    thread::sleep(Duration::from_millis(200));
+    done(folder, "unmount disk --force");
+    hanging.join().unwrap().unwrap_err();
+    assert!(names_in(&folder.join("disk")).is_empty());
+    kill(Place::pid(&mounted), Signal::SIGCONT).unwrap();
+    wait_until("the server is gone", || vhd(folder, "check --repair --dry-run a.vhd").status.success());
+}
+
+#[test]
+fn a_killed_server_below_a_file_system_leaves_nothing_behind() {
+    if !possible(&["mkfs.ext4", "e2fsck"]) {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.path();
+    done(folder, "mount a.vhd disk");
+    run("mkfs.ext4", &["-q", folder.join("disk/disk.raw").to_str().unwrap()]);
+    done(folder, "unmount disk");
+    let mounted = json(folder, "mount --fs a.vhd disk", 0);
+    fs::write(folder.join("disk/kept"), noise(1, 100_000)).unwrap();
+    run("sync", &["-f", folder.join("disk/kept").to_str().unwrap()]);
+    kill(Place::pid(&mounted), Signal::SIGKILL).unwrap();
+    wait_until("it is gone", || fs::write(folder.join("disk/lost"), "x").and_then(|()| sync(&folder.join("disk/lost"))).is_err());
+    done(folder, "unmount disk");
+    assert!(!Path::new(mounted["file"].as_str().unwrap()).parent().unwrap().exists());
+    done(folder, "mount --fs a.vhd disk");
+    assert!(fs::read(folder.join("disk/kept")).unwrap() == noise(1, 100_000));
+    done(folder, "unmount disk");
+    done(folder, "check --deep a.vhd");
+}
+
+fn sync(path: &Path) -> std::io::Result<()> {
+    fs::File::open(path)?.sync_all()
+}
+
+#[test]
+fn a_signal_unmounts_the_file_system_first() {
+    if !possible(&["mkfs.ext4", "e2fsck"]) {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.path();
+    done(folder, "mount a.vhd disk");
+    run("mkfs.ext4", &["-q", folder.join("disk/disk.raw").to_str().unwrap()]);
+    done(folder, "unmount disk");
+    let mounted = json(folder, "mount --fs a.vhd disk", 0);
+    fs::write(folder.join("disk/unsynced"), noise(1, 3 << 20)).unwrap();
+    kill(Place::pid(&mounted), Signal::SIGTERM).unwrap();
+    wait_until("it is closed", || vhd(folder, "check --repair --dry-run a.vhd").status.success());
+    assert!(names_in(&folder.join("disk")).is_empty());
+    done(folder, "mount --fs a.vhd disk");
+    assert!(fs::read(folder.join("disk/unsynced")).unwrap() == noise(1, 3 << 20));
+    done(folder, "unmount disk");
+}
+
+#[test]
+fn a_full_host_is_told_to_who_writes_and_to_who_asks() {
+    if !possible(&[]) {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.path();
+    let small = folder.join("small");
+    fs::create_dir(&small).unwrap();
+    run("mount", &["-t", "tmpfs", "-o", "size=12M", "none", small.to_str().unwrap()]);
+    let _cleanup = Cleanup(vec![small.clone(), folder.join("disk")]);
+    done(folder, "create small/b.vhd --size 64M");
+    let mounted = json(folder, "mount small/b.vhd disk --low-space 6M", 0);
+    let file = OpenOptions::new().read(true).write(true).open(folder.join("disk/disk.raw")).unwrap();
+    file.write_all_at(&noise(1, 4 << 20), 0).unwrap();
+    file.sync_all().unwrap();
+    let full = (4..64).map(|at| file.write_all_at(&noise(2, 1 << 20), at << 20)).find_map(Result::err).unwrap();
+    assert_eq!(full.raw_os_error(), Some(nix::libc::ENOSPC));
+    let socket = PathBuf::from(mounted["control"].as_str().unwrap());
+    wait_until("it is told", || {
+        let listed = call(&socket, &Request::new("list")).unwrap();
+        listed["events"].as_array().unwrap().iter().any(|event| event["kind"] == "low-space")
+    });
+    let mut found = vec![0; 4 << 20];
+    file.read_exact_at(&mut found, 0).unwrap();
+    assert!(found == noise(1, 4 << 20));
+    run("mount", &["-o", "remount,size=80M", small.to_str().unwrap()]);
+    file.write_all_at(&noise(2, 1 << 20), 20 << 20).unwrap();
+    drop(file);
+    done(folder, "unmount disk");
+    done(folder, "check --deep small/b.vhd");
+}
+
+#[test]
+fn parents_elsewhere_stay_closed_unless_allowed_and_one_that_is_removed_is_read_on() {
+    if !possible(&[]) {
+        return;
+    }
+    let place = Place::new();
+    let folder = place.path();
+    support::vhd_fed(folder, "write a.vhd --offset 0", b"parent");
+    fs::create_dir(folder.join("children")).unwrap();
+    done(folder, "create children/c.vhd --parent a.vhd");
+    let said = refused(folder, "mount children/c.vhd disk");
+    assert!(said.contains("--any-parent") || said.contains("--parent-dir"), "{said}");
+    done(folder, "mount --any-parent children/c.vhd disk");
+    fs::remove_file(folder.join("a.vhd")).unwrap();
+    assert_eq!(&fs::read(folder.join("disk/disk.raw")).unwrap()[..6], b"parent");
+    assert_eq!(&fs::read(folder.join("disk/layers/1")).unwrap()[..6], b"parent");
+    place.write("disk/disk.raw", 0, b"child");
+    done(folder, "unmount disk");
+    assert!(LiveDisk::open(&folder.join("children/c.vhd"), &ChainOptions::default()).is_err());
+}

@@ -1,0 +1,262 @@
+//! File systems in partitions, as people use them.
+//!
+//! Goal: whatever program made the table, each partition is a file of its own with a file system that can be mounted in
+//! one step, used, trimmed, unmounted and checked; as root through the kernel or a FUSE file system, and as an ordinary
+//! user with what that user can have. Method: tables by sfdisk, sgdisk and parted, file systems by their own mkfs, a tree
+//! copied in, compared after another mount, and judged by their own fsck.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod support;
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use support::mounts::{Cleanup, possible, wait_until};
+use support::{done, noise, project, refused, run, search_path, text};
+use tempfile::TempDir;
+
+/// A tree of this project's files, with some that are large or have odd names.
+fn tree() -> TempDir {
+    let tree = tempfile::tempdir().unwrap();
+    for name in ["src", "docs", "vhd-fuse/src"] {
+        run("cp", &["-r", project().join(name).to_str().unwrap(), tree.path().join(name.replace('/', "-")).to_str().unwrap()]);
+    }
+    fs::write(tree.path().join("three megabytes"), noise(3, 3 << 20)).unwrap();
+    fs::write(tree.path().join("ünïcode"), "text").unwrap();
+    tree
+}
+
+fn assert_same(a: &Path, b: &Path) {
+    run("diff", &["-r", "--exclude=lost+found", a.to_str().unwrap(), b.to_str().unwrap()]);
+}
+
+/// Mounts the file system of a partition, copies the tree in, trims, unmounts, and finds all of it again.
+fn use_it(folder: &Path, partition: &str, tree: &Path, by: &str, trims: bool) {
+    let files = folder.join("files");
+    let _cleanup = Cleanup(vec![files.clone()]);
+    let mounted = |options: &str| {
+        let output = support::vhd(folder, &format!("mount {options} --fs a.vhd:{partition} files"));
+        let said = text(&output.stderr);
+        assert!(output.status.success() && said.contains(by), "{partition}: {said}");
+    };
+    mounted("");
+    run("cp", &["-r", &format!("{}/.", tree.display()), files.to_str().unwrap()]);
+    fs::write(files.join("rubbish"), noise(9, 4 << 20)).unwrap();
+    run("sync", &["-f", files.to_str().unwrap()]);
+    fs::remove_file(files.join("rubbish")).unwrap();
+    run("sync", &["-f", files.to_str().unwrap()]);
+    if trims {
+        run("fstrim", &[&files]);
+    }
+    done(folder, "unmount files");
+    mounted("--read-only");
+    assert_same(tree, &files);
+    fs::write(files.join("no"), "").unwrap_err();
+    // To unmount the file system is all there is to be done, whatever does it.
+    run("umount", &[&files]);
+    wait_until("the image is free", || support::vhd(folder, "check --repair --dry-run a.vhd").status.success());
+}
+
+/// Makes the file systems in the partitions `parts`, in this order: ext4, xfs, btrfs, squashfs, NTFS, FAT; uses each; and
+/// has each checked.
+fn all_kinds(make_table: impl FnOnce(&str), parts: [&str; 6]) {
+    let (folder, tree) = (tempfile::tempdir().unwrap(), tree());
+    let (folder, tree) = (folder.path(), tree.path());
+    let _cleanup = Cleanup(vec![folder.join("disk")]);
+    fs::create_dir(folder.join("files")).unwrap();
+    fs::create_dir(folder.join("disk")).unwrap();
+    done(folder, "create a.vhd --size 800M");
+    done(folder, "mount a.vhd disk");
+    make_table(folder.join("disk/disk.raw").to_str().unwrap());
+    done(folder, "unmount disk");
+
+    done(folder, "mount a.vhd disk");
+    let files = parts.map(|part| folder.join("disk").join(part).to_str().unwrap().to_owned());
+    let [ext4, xfs, btrfs, squashfs, ntfs, fat] = &files;
+    run("mkfs.ext4", &["-q", ext4]);
+    run("mkfs.xfs", &["-q", xfs]);
+    run("mkfs.btrfs", &["-q", btrfs]);
+    let squashed = folder.join("squashed");
+    run("mksquashfs", &[tree.to_str().unwrap(), squashed.to_str().unwrap(), "-quiet", "-no-progress"]);
+    run("dd", &[&format!("if={}", squashed.display()), &format!("of={squashfs}"), "bs=1M", "conv=notrunc,fsync", "status=none"]);
+    run("mkntfs", &["--quiet", "--force", "--fast", ntfs]);
+    run("mkfs.vfat", &[fat]);
+    run("mcopy", &["-s", "-i", fat, &format!("{}/docs", tree.display()), &format!("{}/three megabytes", tree.display()), "::"]);
+    done(folder, "unmount disk");
+
+    use_it(folder, parts[0], tree, "ext4 (kernel, /dev/loop", true);
+    use_it(folder, parts[1], tree, "xfs (kernel, /dev/loop", true);
+    use_it(folder, parts[2], tree, "btrfs (kernel, /dev/loop", true);
+    use_it(folder, parts[4], tree, "ntfs (ntfs-3g)", false);
+    let at = folder.join("files");
+    done(folder, &format!("mount --read-only --fs a.vhd:{} files", parts[3]));
+    assert_same(tree, &at);
+    done(folder, "unmount files");
+
+    done(folder, "mount --read-only a.vhd disk");
+    run("e2fsck", &["-f", "-n", ext4]);
+    run("xfs_repair", &["-n", "-f", xfs]);
+    run("btrfs", &["check", "--readonly", btrfs]);
+    run("ntfsfix", &["--no-action", ntfs]);
+    run("fsck.vfat", &["-n", fat]);
+    let back = folder.join("back");
+    fs::create_dir(&back).unwrap();
+    run("mcopy", &["-s", "-i", fat, "::docs", "::three megabytes", back.to_str().unwrap()]);
+    assert_same(&tree.join("docs"), &back.join("docs"));
+    assert!(fs::read(tree.join("three megabytes")).unwrap() == fs::read(back.join("three megabytes")).unwrap());
+    done(folder, "unmount disk");
+    done(folder, "check --deep a.vhd");
+}
+
+const TOOLS: &[&str] = &[
+    "sfdisk",
+    "sgdisk",
+    "parted",
+    "mkfs.ext4",
+    "mkfs.xfs",
+    "mkfs.btrfs",
+    "mksquashfs",
+    "mkntfs",
+    "ntfs-3g",
+    "mkfs.vfat",
+    "mcopy",
+    "fuse2fs",
+    "blkid",
+];
+
+fn fed(program: &str, arguments: &[&str], input: &str) {
+    use std::io::Write;
+    let mut command = Command::new(program);
+    let mut child =
+        command.args(arguments).env("PATH", search_path()).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success(), "{program}");
+}
+
+#[test]
+fn six_file_systems_in_an_mbr_by_sfdisk_three_of_them_in_logical_partitions() {
+    if !possible(TOOLS) {
+        return;
+    }
+    let table = "label: dos\nsize=80M,type=83\nsize=320M,type=83\nsize=128M,type=83\ntype=5\nsize=40M,type=83\nsize=80M,type=7\nsize=64M,type=c\n";
+    all_kinds(|disk| fed("sfdisk", &["--quiet", disk], table), ["p1", "p2", "p3", "p5", "p6", "p7"]);
+}
+
+#[test]
+fn six_file_systems_in_a_gpt_by_sgdisk_and_parted_whose_primary_is_lost_in_the_end() {
+    if !possible(TOOLS) {
+        return;
+    }
+    let make = |disk: &str| {
+        run("sgdisk", &["-n1:0:+80M", "-n2:0:+320M", "-n3:0:+128M", "-n9:0:+40M", disk]);
+        run("parted", &["-s", disk, "mkpart", "windows", "ntfs", "600MiB", "680MiB"]);
+        run("parted", &["-s", disk, "mkpart", "efi", "fat32", "690MiB", "750MiB"]);
+        // The backup is there for this.
+        run("dd", &["if=/dev/zero", &format!("of={disk}"), "bs=512", "seek=1", "count=1", "conv=notrunc", "status=none"]);
+    };
+    all_kinds(make, ["p1", "p2", "p3", "p9", "p4", "p5"]);
+}
+
+#[test]
+fn a_bad_table_is_told_in_a_file_and_what_is_good_of_it_is_shown() {
+    if !possible(&["sfdisk"]) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let _cleanup = Cleanup(vec![folder.join("disk")]);
+    fs::create_dir(folder.join("disk")).unwrap();
+    done(folder, "create a.vhd --size 64M");
+    // Two partitions that overlap, one beyond the end, and logical ones that lead back to themselves.
+    let mut sector = vec![0; 512];
+    let entries: [(u8, u32, u32); 4] =
+        [(0x83, 2048, 40960), (0x83, 20480, 20480), (0x83, 100_000, 100_000), (0x05, 81_920, 8192)];
+    for (slot, (kind, start, len)) in entries.into_iter().enumerate() {
+        let at = 446 + slot * 16;
+        sector[at + 4] = kind;
+        for (place, value) in [(8, start), (12, len)] {
+            (0..4).for_each(|byte| sector[at + place + byte] = (value >> (8 * byte)) as u8);
+        }
+    }
+    (sector[510], sector[511]) = (0x55, 0xAA);
+    support::vhd_fed(folder, "write a.vhd --offset 0", &sector);
+    let mut link = vec![0; 512];
+    // Its second entry says that the next link is at the start of all: itself.
+    (link[462 + 4], link[462 + 12]) = (0x05, 8);
+    (link[510], link[511]) = (0x55, 0xAA);
+    support::vhd_fed(folder, "write a.vhd --offset 41943040", &link);
+
+    done(folder, "mount a.vhd disk");
+    let told = fs::read_to_string(folder.join("disk/partition-errors.txt")).unwrap();
+    for part in ["1 and 2 overlap", "partition 3 ends at sector 200000", "a loop"] {
+        assert!(told.contains(part), "{part}: {told}");
+    }
+    let names = support::names_in(&folder.join("disk"));
+    assert_eq!(names, ["disk.raw", "info.json", "layers", "map.json", "p1", "p2", "partition-errors.txt"]);
+    done(folder, "unmount disk");
+    let said = refused(folder, "mount --fs a.vhd disk");
+    assert!(said.contains(":pN"), "{said}");
+    let said = refused(folder, "mount --fs a.vhd:p7 disk");
+    assert!(said.contains("p7") && said.contains("p1 p2"), "{said}");
+    let said = refused(folder, "mount --fs a.vhd:p1 disk");
+    assert!(said.contains("no file system"), "{said}");
+}
+
+/// Lets ordinary users open /dev/fuse, and puts it back.
+struct OpenFuse(u32);
+
+impl OpenFuse {
+    fn new() -> Self {
+        let mode = fs::metadata("/dev/fuse").unwrap().mode() & 0o7777;
+        fs::set_permissions("/dev/fuse", Permissions::from_mode(0o666)).unwrap();
+        Self(mode)
+    }
+}
+
+impl Drop for OpenFuse {
+    fn drop(&mut self) {
+        let _ = fs::set_permissions("/dev/fuse", Permissions::from_mode(self.0));
+    }
+}
+
+#[test]
+fn an_ordinary_user_mounts_a_disk_and_a_file_system() {
+    if !possible(&["fusermount3", "setpriv", "fuse2fs", "mkfs.ext4", "e2fsck"]) {
+        return;
+    }
+    let _open = OpenFuse::new();
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    fs::set_permissions(folder, Permissions::from_mode(0o755)).unwrap();
+    fs::copy(env!("CARGO_BIN_EXE_vhd"), folder.join("vhd")).unwrap();
+    for name in ["home", "home/disk", "home/files", "home/run"] {
+        fs::create_dir(folder.join(name)).unwrap();
+        fs::set_permissions(folder.join(name), Permissions::from_mode(0o700)).unwrap();
+        std::os::unix::fs::chown(folder.join(name), Some(65534), Some(65534)).unwrap();
+    }
+    let home = folder.join("home");
+    let _cleanup = Cleanup(vec![home.join("disk"), home.join("files")]);
+    let user = |line: &str| {
+        let path = format!("{}:{}", folder.display(), search_path());
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "sh", "-ec", line]);
+        let output = command.current_dir(&home).env("XDG_RUNTIME_DIR", home.join("run")).env("PATH", path).output().unwrap();
+        assert!(output.status.success(), "{line}: {}{}", text(&output.stdout), text(&output.stderr));
+        text(&output.stdout) + &text(&output.stderr)
+    };
+    user(
+        "vhd create a.vhd --size 64M && vhd mount a.vhd disk && mkfs.ext4 -q -E root_owner=65534:65534 disk/disk.raw && vhd unmount disk",
+    );
+    let said = user("vhd mount --fs a.vhd files && cp -r /usr/share/doc/fuse3 files/ && ls files");
+    assert!(said.contains("fuse2fs"), "{said}");
+    // Root sees nothing of it, which is FUSE's rule.
+    assert!(fs::read_dir(home.join("files")).is_err());
+    user("diff -r /usr/share/doc/fuse3 files/fuse3 && vhd unmount files");
+    user("vhd mount --read-only a.vhd disk && e2fsck -fn disk/disk.raw && vhd unmount disk");
+    // A regular file of the user's own will do, too.
+    let size = user("touch file && vhd mount a.vhd file && stat -c %s file && vhd unmount file && stat -c %s file");
+    assert_eq!(size.split_whitespace().collect::<Vec<_>>(), ["67108864", "0"]);
+}

@@ -1,0 +1,112 @@
+//! Moving what images hold into one below them.
+
+use std::ops::Range;
+
+use super::super::share::{BATCH, CHUNK, MAX_PIECES, share};
+use crate::block::{Disk, Extent, ExtentState, ZeroMode};
+use crate::chain::Chain;
+use crate::error::Result;
+use crate::progress::Progress;
+use crate::storage::AlignedBuffer;
+
+/// Bytes that a merge moves, and those it makes zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Amount {
+    pub(super) data: u64,
+    pub(super) zeros: u64,
+}
+
+/// Counts what the images of `upper` hold.
+pub(super) fn amount(upper: &Chain) -> Result<Amount> {
+    let mut amount = Amount::default();
+    upper.coarse_extents(&mut |extent| {
+        let len = extent.range.end - extent.range.start;
+        match extent.state {
+            ExtentState::Data => amount.data += len,
+            ExtentState::Zero => amount.zeros += len,
+            ExtentState::Absent => {}
+        }
+        Ok(())
+    })?;
+    Ok(amount)
+}
+
+/// Writes what the images of `upper` hold to `target`, each sector once: that of the highest image that holds it.
+pub(super) fn copy_up(upper: &Chain, target: &Disk, progress: &Progress) -> Result<()> {
+    share(
+        |send| find(upper, send),
+        |buffer, batch| {
+            let mut pending = Pending { buffer, len: 0, at: 0 };
+            for extent in batch {
+                match extent.offset {
+                    None => target.zero(extent.range, ZeroMode::Free)?,
+                    Some(offset) => {
+                        let layer = &upper.layers()[extent.depth];
+                        let read = |bytes: &mut [u8], at: u64| layer.read_at(bytes, offset + (at - extent.range.start));
+                        pending.add(&read, target, extent.range.clone(), progress)?;
+                    }
+                }
+            }
+            pending.write(target)
+        },
+    )
+}
+
+/// Sends what is to be written. What is in one block is in one batch.
+fn find(upper: &Chain, send: &dyn Fn(Vec<Extent>) -> Result<()>) -> Result<()> {
+    let mut batch = Vec::new();
+    upper.coarse_extents(&mut |extent| {
+        let mut at = extent.range.start;
+        while at < extent.range.end {
+            // Zeros are told at once: a whole block is freed, however many there are.
+            let is_data = extent.state == ExtentState::Data;
+            let end = if is_data { extent.range.end.min((at / BATCH + 1) * BATCH) } else { extent.range.end };
+            if extent.state != ExtentState::Absent {
+                let offset = extent.offset.filter(|_| is_data).map(|offset| offset + (at - extent.range.start));
+                batch.push(Extent { range: at..end, offset, ..extent });
+            }
+            if (end / BATCH > at / BATCH || batch.len() >= MAX_PIECES) && !batch.is_empty() {
+                send(std::mem::take(&mut batch))?;
+            }
+            at = end;
+        }
+        Ok(())
+    })?;
+    send(batch)
+}
+
+/// Data that was read and is to be written: neighbours of different images go together.
+struct Pending<'a> {
+    buffer: &'a mut AlignedBuffer,
+    len: usize,
+    at: u64,
+}
+
+impl Pending<'_> {
+    fn add(
+        &mut self,
+        read: &dyn Fn(&mut [u8], u64) -> Result<()>,
+        target: &Disk,
+        range: Range<u64>,
+        progress: &Progress,
+    ) -> Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            if self.at + self.len as u64 != at || self.len == CHUNK {
+                self.write(target)?;
+                self.at = at;
+            }
+            let len = (CHUNK - self.len).min((range.end - at) as usize);
+            read(&mut self.buffer[self.len..self.len + len], at)?;
+            self.len += len;
+            at += len as u64;
+            progress.advance(len as u64)?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, target: &Disk) -> Result<()> {
+        let len = std::mem::take(&mut self.len);
+        if len == 0 { Ok(()) } else { target.write_at(&self.buffer[..len], self.at) }
+    }
+}

@@ -1,0 +1,25 @@
+//! Merging an image, and those between, into an image further down its chain.
+//!
+//! `plan` says what will be done and refuses what must not be; `run` does it, in the order that
+//! `docs/crash-consistency.md` gives; `copy` moves the data.
+
+mod copy;
+mod plan;
+mod run;
+
+use std::path::PathBuf;
+
+pub use plan::{MergePlan, plan};
+pub use run::execute;
+pub(crate) use run::run_all;
+
+/// What is merged, and how.
+#[derive(Clone, Debug, Default)]
+pub struct MergeOptions {
+    /// The image that takes what the child holds; its parent when `None`.
+    pub into: Option<PathBuf>,
+    /// Removes the child and the images between at the end.
+    pub delete: bool,
+    /// Goes on although other children are lost, the target is write-protected, or a saved state relies on it.
+    pub force: bool,
+}

@@ -1,0 +1,249 @@
+//! The undo journal: the original bytes of all that a repair changes, durable beside the image before the first change.
+//!
+//! One line, `vhd-repair-undo 1 CRC LENGTH` in hexadecimal, JSON of that length, then the bytes of its ranges one after the
+//! other, which have a CRC in the JSON.
+
+use std::ffi::OsString;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::Repair;
+use super::overlay::Overlay;
+use crate::chain::ChainOptions;
+use crate::error::{Error, ErrorKind, Result};
+use crate::intent::{self, InPlace, Intent, Work};
+use crate::ops::copy::is_zero;
+use crate::storage::{FileStorage, Host, LockMode, Storage, folder_of, put_file};
+
+const SUFFIX: &str = ".vhd-repair-undo";
+const MAGIC: &str = "vhd-repair-undo 1";
+/// Journals of one image at most; more is somebody's mistake.
+const MAX_JOURNALS: usize = 100;
+const CRC: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISO_HDLC);
+/// Bytes that are looked at at once.
+const CHUNK: usize = 64 << 10;
+
+/// What a journal says before the bytes.
+#[derive(Debug, Serialize, Deserialize)]
+struct Head {
+    /// Bytes of the file before and after the repair.
+    len: [u64; 2],
+    /// Ranges of the file: where, how many bytes.
+    ranges: Vec<(u64, u64)>,
+    /// Of the original bytes, and of those that the repair wrote.
+    crc: [u32; 2],
+    /// What was changed.
+    changes: Vec<String>,
+    lost: Vec<String>,
+}
+
+/// A journal that was read.
+pub(super) struct Journal {
+    head: Head,
+    bytes: Vec<u8>,
+}
+
+/// The journal with this name beside an image.
+pub(super) fn beside(image: &Path, name: &Path) -> Result<Journal> {
+    let real = std::fs::canonicalize(image).map_err(|error| Error::io(error, "can't be resolved").at(image))?;
+    read(&folder_of(&real).join(name))
+}
+
+fn path_of(image: &Path, number: usize) -> Result<PathBuf> {
+    let real = std::fs::canonicalize(image).map_err(|error| Error::io(error, "can't be resolved").at(image))?;
+    let mut name = OsString::from(real.file_name().unwrap_or_default());
+    name.push(SUFFIX);
+    if number > 1 {
+        name.push(format!(".{number}"));
+    }
+    Ok(real.with_file_name(name))
+}
+
+fn read(path: &Path) -> Result<Journal> {
+    let bytes = std::fs::read(path).map_err(|error| Error::io(error, "can't be read").at(path))?;
+    parse(&bytes).map_err(|what| Error::new(ErrorKind::Corrupt, format!("is no undo journal of a repair: {what}")).at(path))
+}
+
+fn parse(bytes: &[u8]) -> Result<Journal, String> {
+    let end = bytes.iter().take(200).position(|byte| *byte == b'\n').ok_or("it has no first line")?;
+    let line = std::str::from_utf8(&bytes[..end]).map_err(|_| "its first line is no text")?;
+    let mut fields = line.strip_prefix(MAGIC).ok_or("of another program or version")?.split_whitespace();
+    let mut field = || fields.next().and_then(|field| usize::from_str_radix(field, 16).ok());
+    let (Some(crc), Some(len)) = (field(), field()) else { return Err("it has no checksum".into()) };
+    let json = bytes.get(end + 1..).and_then(|rest| rest.get(..len)).ok_or("it was cut short")?;
+    if CRC.checksum(json) as usize != crc {
+        return Err("its checksum is wrong".into());
+    }
+    let head: Head = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+    let bytes = bytes[end + 1 + len..].to_vec();
+    if CRC.checksum(&bytes) != head.crc[0] || bytes.len() as u64 != head.ranges.iter().map(|(_, len)| len).sum::<u64>() {
+        return Err("the bytes it keeps are damaged".into());
+    }
+    Ok(Journal { head, bytes })
+}
+
+/// Writes the changes of a repair to the image, its journal first. Returns where that is; nothing when nothing changes.
+pub(super) fn execute(overlay: &Arc<Overlay>, image: &Path, repair: &Repair, host: &dyn Host) -> Result<Option<PathBuf>> {
+    let base = &**overlay.base();
+    let failed = |error| Error::io(error, "can't be repaired").at(image);
+    let (before, after) = (base.len().map_err(failed)?, overlay.len().map_err(failed)?);
+    let changes = overlay.changes().map_err(failed)?;
+    if changes.is_empty() && before == after {
+        return Ok(None);
+    }
+    remove_unused(base, image, host)?;
+    let number = (1..=MAX_JOURNALS).find(|number| path_of(image, *number).is_ok_and(|path| !path.exists()));
+    let number = number.ok_or_else(|| {
+        Error::new(ErrorKind::Exists, "has a hundred undo journals of repairs beside it; remove those that nobody needs")
+            .at(image)
+    })?;
+    let path = path_of(image, number)?;
+    put_file(host, &path, &encode(base, before, after, &changes, repair).map_err(|error| error.at(image))?)?;
+    let name = path.file_name().map(PathBuf::from).unwrap_or_default();
+    intent::put(host, image, &Intent::InPlace(InPlace { uuid: None, work: Work::Repair(name) }))?;
+    if after != before {
+        base.set_len(after).map_err(failed)?;
+    }
+    for (at, bytes) in &changes {
+        base.write_at(bytes, *at).map_err(failed)?;
+    }
+    base.sync().map_err(failed)?;
+    intent::remove(host, image)?;
+    Ok(Some(path))
+}
+
+fn encode(base: &dyn Storage, before: u64, after: u64, changes: &[(u64, Vec<u8>)], repair: &Repair) -> Result<Vec<u8>> {
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    // What is beyond the end was not there: cutting it off again puts it back.
+    for (at, bytes) in changes.iter().filter(|(at, _)| *at < before) {
+        ranges.push((*at, (bytes.len() as u64).min(before - at)));
+    }
+    for_data(base, after.min(before)..before, &mut |at, bytes| {
+        ranges.push((at, bytes.len() as u64));
+        true
+    })?;
+    let mut originals = Vec::new();
+    for (at, len) in &ranges {
+        let mut bytes = vec![0; *len as usize];
+        base.read_at(&mut bytes, *at).map_err(|error| Error::io(error, format!("can't be read at {at:#x}")))?;
+        originals.extend(bytes);
+    }
+    let written: Vec<u8> = changes.iter().flat_map(|(_, bytes)| bytes.iter().copied()).collect();
+    let crc = [CRC.checksum(&originals), CRC.checksum(&written)];
+    let head = Head { len: [before, after], ranges, crc, changes: repair.changes.clone(), lost: repair.lost.clone() };
+    let json = serde_json::to_vec_pretty(&head).map_err(|error| Error::new(ErrorKind::InvalidInput, error.to_string()))?;
+    let mut journal = format!("{MAGIC} {:08x} {:x}\n", CRC.checksum(&json), json.len()).into_bytes();
+    journal.extend(json);
+    journal.extend(originals);
+    Ok(journal)
+}
+
+/// Removes the last journal where it holds what the image has: its repair never began, or was put back already.
+fn remove_unused(storage: &dyn Storage, image: &Path, host: &dyn Host) -> Result<()> {
+    let last = (1..=MAX_JOURNALS).rev().find_map(|number| path_of(image, number).ok().filter(|path| path.exists()));
+    // One that can't be read is left to its owner.
+    let Some((path, journal)) = last.and_then(|path| read(&path).ok().map(|journal| (path, journal))) else { return Ok(()) };
+    let failed = |error| Error::io(error, "can't be read").at(image);
+    if storage.len().map_err(failed)? != journal.head.len[0] {
+        return Ok(());
+    }
+    let mut rest = &journal.bytes[..];
+    for (at, len) in &journal.head.ranges {
+        let (bytes, more) = rest.split_at((*len as usize).min(rest.len()));
+        let mut found = vec![0; bytes.len()];
+        storage.read_at(&mut found, *at).map_err(failed)?;
+        if found != bytes {
+            return Ok(());
+        }
+        rest = more;
+    }
+    host.remove(&path)?;
+    host.sync_folder(folder_of(&path))
+}
+
+/// Makes the file what it was.
+pub(super) fn put_back(storage: &dyn Storage, journal: &Journal) -> Result<()> {
+    let failed = |error| Error::io(error, "can't be put back");
+    storage.set_len(journal.head.len[0]).map_err(failed)?;
+    let mut rest = &journal.bytes[..];
+    for (at, len) in &journal.head.ranges {
+        let (bytes, more) = rest.split_at((*len as usize).min(rest.len()));
+        storage.write_at(bytes, *at).map_err(failed)?;
+        rest = more;
+    }
+    storage.sync().map_err(failed)
+}
+
+/// Undoes the last repair of the image at `path`: the original bytes are put back, and the journal is removed. Returns what the
+/// repair had changed.
+///
+/// # Errors
+/// `NotFound` without a journal; `Refused` when the image was changed since, but with `force`; as the host fails.
+pub fn undo_repair(path: &Path, force: bool, chain: &ChainOptions) -> Result<Vec<String>> {
+    let last = (1..=MAX_JOURNALS).rev().find_map(|number| path_of(path, number).ok().filter(|path| path.exists()));
+    let Some(journal_path) = last else {
+        return Err(Error::new(ErrorKind::InvalidInput, "has no undo journal of a repair beside it").at(path));
+    };
+    let journal = read(&journal_path)?;
+    let file = Arc::new(FileStorage::open(path, true)?);
+    file.lock(LockMode::Write)?;
+    let storage = chain.host.adopt(file);
+    let host = &*chain.host;
+    match intent::find(path)? {
+        Some(Intent::InPlace(InPlace { work: Work::Repair(_), .. })) => {}
+        Some(_) => {
+            return Err(intent::explain(path, Error::new(ErrorKind::Refused, "is in the hands of another operation").at(path)));
+        }
+        None => {
+            let len = storage.len().map_err(|error| Error::io(error, "can't be examined").at(path))?;
+            if len != journal.head.len[1] && !force {
+                let message = format!(
+                    "has {len} bytes, {} after the repair: it was changed since; --force puts the old bytes back all the same",
+                    journal.head.len[1]
+                );
+                return Err(Error::new(ErrorKind::Refused, message).at(path));
+            }
+            let name = journal_path.file_name().map(PathBuf::from).unwrap_or_default();
+            intent::put(host, path, &Intent::InPlace(InPlace { uuid: None, work: Work::Repair(name) }))?;
+        }
+    }
+    put_back(&*storage, &journal).map_err(|error| error.at(path))?;
+    intent::remove(host, path)?;
+    host.remove(&journal_path)?;
+    host.sync_folder(folder_of(&journal_path))?;
+    Ok(journal.head.changes)
+}
+
+/// Bytes of a range that are no zeros, in runs of at most [`CHUNK`]; stops where `visit` says so.
+fn for_data(storage: &dyn Storage, range: Range<u64>, visit: &mut dyn FnMut(u64, &[u8]) -> bool) -> Result<()> {
+    let failed = |error| Error::io(error, "can't be read");
+    let mut buffer = vec![0; CHUNK];
+    let mut at = range.start;
+    while at < range.end {
+        let Some(data) = storage.next_data(at).map_err(failed)? else { break };
+        at = at.max(data.start);
+        let len = (data.end.min(range.end)).saturating_sub(at).min(CHUNK as u64) as usize;
+        if len == 0 {
+            break;
+        }
+        storage.read_at(&mut buffer[..len], at).map_err(failed)?;
+        if !is_zero(&buffer[..len]) && !visit(at, &buffer[..len]) {
+            break;
+        }
+        at += len as u64;
+    }
+    Ok(())
+}
+
+/// Bytes of a range that are no zeros; counted no further than `most`.
+pub(super) fn data_in(storage: &dyn Storage, range: Range<u64>, most: u64) -> Result<u64> {
+    let mut count = 0;
+    for_data(storage, range, &mut |_, bytes| {
+        count += bytes.len() as u64;
+        count <= most
+    })?;
+    Ok(count)
+}

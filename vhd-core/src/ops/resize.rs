@@ -1,0 +1,235 @@
+//! Giving an image another size.
+//!
+//! Dynamic and differencing images stay whole at every point (`image/resize.rs`). Of a fixed disk the footer moves, and in
+//! between there may be none: so an intent record says what is done.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::copy::is_zero;
+use crate::block::{Disk, ExtentState, ZeroMode};
+use crate::chain::{Chain, ChainOptions};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{DiskType, MAX_CREATE_SIZE, SECTOR};
+use crate::image::{Image, OpenOptions};
+use crate::intent::{self, FooterMove, InPlace, Intent, Work};
+use crate::partition::{Gpt, PartitionTable, TableKind};
+use crate::progress::Progress;
+use crate::storage::{FileStorage, LockMode, Storage};
+
+/// Bytes that are looked at at once.
+const CHUNK: u64 = 1 << 20;
+
+/// How an image is resized.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ResizeOptions {
+    /// It may become smaller.
+    pub shrink: bool,
+    /// What is beyond the new end may be lost, partitions too.
+    pub discard_data: bool,
+    /// Goes on although a saved state relies on the image or it has children.
+    pub force: bool,
+    /// Only says what would be done.
+    pub dry_run: bool,
+}
+
+/// What resizing does, or did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resized {
+    /// Bytes of the disk before.
+    pub from: u64,
+    /// Bytes of the disk afterwards.
+    pub to: u64,
+    /// Bytes of blocks that make room for a longer table.
+    pub bytes_moved: u64,
+    /// True when the backup of a GPT moves to the new end.
+    pub moves_gpt: bool,
+    /// One sentence each.
+    pub notes: Vec<String>,
+}
+
+/// Gives the image at `path` a size of `size` bytes, rounded up to a sector. New space reads as zeros. An interrupted
+/// change is finished first.
+///
+/// # Errors
+/// `InvalidInput` for sizes that can't be; `Refused` when data or partitions are in the way, or children would be
+/// spoiled; `Cancelled`; those of [`Chain::open`].
+pub fn resize(path: &Path, size: u64, options: &ResizeOptions, chain: &ChainOptions, progress: &Progress) -> Result<Resized> {
+    if !options.dry_run {
+        finish(path, chain)?;
+    }
+    if size == 0 || size > MAX_CREATE_SIZE {
+        let message = format!("size is {size} bytes, expected 512 bytes to 2040 GiB");
+        return Err(Error::new(ErrorKind::InvalidInput, message).at(path));
+    }
+    let to = size.next_multiple_of(SECTOR);
+    let image = OpenOptions { writable: !options.dry_run, force: options.force, background_flush: None, ..chain.image.clone() };
+    let chain = ChainOptions { image, ..chain.clone() };
+    let mut resized = Resized { to, ..Resized::default() };
+    if to != size {
+        resized.notes.push(format!("size rounded up to a whole sector: {to} bytes"));
+    }
+    let shrunk = before(path, to, options, &chain, &mut resized)?;
+    let mut advance = |bytes: u64| {
+        resized.bytes_moved += bytes;
+        progress.set_total(progress.total() + bytes);
+        progress.advance(bytes)
+    };
+    if options.dry_run {
+        let storage: Arc<dyn Storage> = Arc::new(FileStorage::open(path, false)?);
+        Image::set_size(&storage, path, to, &chain.image, true, &mut advance).map_err(|error| error.at(path))?;
+        return Ok(resized);
+    }
+    let opened = Chain::open_after(path, &chain, &mut |storage| match is_fixed(storage, path, &chain.image)? {
+        false => Image::set_size(storage, path, to, &chain.image, false, &mut advance),
+        true => set_fixed_size(storage, path, to, &chain),
+    })?;
+    let disk = Disk::new(opened);
+    if !shrunk {
+        move_gpt(&disk, to)?;
+    }
+    disk.close()?;
+    Ok(resized)
+}
+
+/// Finishes a change that was interrupted.
+fn finish(path: &Path, chain: &ChainOptions) -> Result<()> {
+    let Some(InPlace { work: Work::Footer(work), .. }) = intent::in_place_of(path, crate::chain::uuid_of_file(path)?)? else {
+        return Ok(());
+    };
+    let file = Arc::new(FileStorage::open(path, true)?);
+    file.lock(LockMode::Write)?;
+    work.apply(&*chain.host.adopt(file)).map_err(|error| error.at(path))?;
+    intent::remove(&*chain.host, path)
+}
+
+/// Looks whether the size can be had, and of a disk that shrinks moves the GPT's backup. True when it shrinks.
+fn before(path: &Path, to: u64, options: &ResizeOptions, chain: &ChainOptions, resized: &mut Resized) -> Result<bool> {
+    let opened = Chain::open(path, chain)?;
+    let parent = opened.layers().get(1).map(crate::chain::Layer::size);
+    let disk = Disk::new(opened);
+    resized.from = disk.size();
+    let refuse = |message: String| Err(Error::new(ErrorKind::Refused, message).at(path));
+    if to > disk.size() && parent.is_some_and(|parent| parent > disk.size()) {
+        return refuse(
+            "its parent is larger than it is, and would show in what is new; convert it to an image of its own first".into(),
+        );
+    }
+    let table = PartitionTable::read(&disk)?;
+    let gpt = match &table.kind {
+        TableKind::Gpt(gpt) => Some(gpt),
+        _ => None,
+    };
+    resized.moves_gpt = gpt.is_some_and(|gpt| gpt.backup_at() != to / SECTOR - 1);
+    if to >= disk.size() {
+        return Ok(false);
+    }
+    if !options.shrink {
+        return refuse(format!("has {} bytes, more than {to}; --shrink makes it smaller", disk.size()));
+    }
+    match in_the_way(&disk, to, &table, gpt.map(|gpt| &**gpt))? {
+        None => {
+            if !options.dry_run {
+                move_gpt(&disk, to)?;
+            }
+        }
+        Some(what) if options.discard_data => {
+            resized.moves_gpt = false;
+            resized.notes.push(format!("{what}, and is cut off"));
+        }
+        Some(what) => return refuse(format!("{what}; --discard-data cuts it off")),
+    }
+    disk.close()?;
+    Ok(true)
+}
+
+/// What a disk holds beyond `size` bytes, the backup of a GPT aside.
+fn in_the_way(disk: &Disk, size: u64, table: &PartitionTable, gpt: Option<&Gpt>) -> Result<Option<String>> {
+    let end = size.saturating_sub(gpt.map_or(0, Gpt::backup_len));
+    if let Some(partition) = table.partitions.iter().find(|partition| partition.range.end > end) {
+        let at = partition.range.end;
+        return Ok(Some(format!("partition {} ends at byte {at}, beyond the new end of {end} bytes", partition.number)));
+    }
+    let backup = gpt.map_or(u64::MAX..u64::MAX, |gpt| {
+        let end = (gpt.backup_at() + 1) * SECTOR;
+        end.saturating_sub(gpt.backup_len())..end
+    });
+    Ok(first_data(disk, size..disk.size(), &backup)?
+        .map(|at| format!("byte {at} holds data, beyond the new end of {size} bytes")))
+}
+
+/// The first sector of a range that holds anything, `but` aside.
+fn first_data(disk: &Disk, range: Range<u64>, but: &Range<u64>) -> Result<Option<u64>> {
+    let mut found = None;
+    let mut buffer = vec![0; CHUNK as usize];
+    disk.extents(range, &mut |extent| {
+        let mut at = extent.range.start;
+        while at < extent.range.end && extent.state == ExtentState::Data && found.is_none() {
+            let len = (extent.range.end - at).min(CHUNK) as usize;
+            disk.read_at(&mut buffer[..len], at)?;
+            let mut sectors = (at..).step_by(SECTOR as usize).zip(buffer[..len].chunks(SECTOR as usize));
+            found = sectors.find(|(at, bytes)| !but.contains(at) && !is_zero(bytes)).map(|(at, _)| at);
+            at += len as u64;
+        }
+        Ok(())
+    })?;
+    Ok(found)
+}
+
+/// Moves the backup of a GPT to where a disk of `size` bytes ends. Whichever header is whole counts at each point.
+fn move_gpt(disk: &Disk, size: u64) -> Result<()> {
+    let table = PartitionTable::read(disk)?;
+    let TableKind::Gpt(gpt) = &table.kind else { return Ok(()) };
+    if gpt.backup_at() == size / SECTOR - 1
+        || table.partitions.iter().any(|partition| partition.range.end > size - gpt.backup_len())
+    {
+        return Ok(());
+    }
+    let mut first_sector = [0; SECTOR as usize];
+    disk.read_at(&mut first_sector, 0)?;
+    let [backup, primary] = gpt.for_size(size, &first_sector);
+    let parts = if gpt.from_backup { [primary, backup.clone()] } else { [backup.clone(), primary] };
+    for part in parts {
+        part.iter().try_for_each(|(at, bytes)| disk.write_at(bytes, *at))?;
+        disk.flush()?;
+    }
+    // The old one would be found by programs that search.
+    let old_end = (gpt.backup_at() + 1) * SECTOR;
+    let start = backup.iter().map(|(at, _)| *at).min().unwrap_or(size);
+    let old = old_end.saturating_sub(gpt.backup_len())..old_end.min(disk.size());
+    let old = if size > old_end { old.start..old.end.min(start).max(old.start) } else { old.start.max(size)..old.end };
+    let is_free = !table.partitions.iter().any(|partition| partition.range.start < old.end && old.start < partition.range.end);
+    if is_free && !old.is_empty() {
+        disk.zero(old, ZeroMode::Free)?;
+    }
+    disk.flush()
+}
+
+fn is_fixed(storage: &Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result<bool> {
+    let look = OpenOptions { writable: false, ..options.clone() };
+    Ok(Image::open(Arc::clone(storage), path, &look)?.footer().disk_type() == DiskType::Fixed)
+}
+
+fn set_fixed_size(storage: &Arc<dyn Storage>, path: &Path, to: u64, chain: &ChainOptions) -> Result<()> {
+    // Mended first: the length of the file counts.
+    let image = Image::open(Arc::clone(storage), path, &chain.image)?;
+    let (from, mut footer) = (image.size(), image.footer().clone());
+    drop(image);
+    if from == to {
+        return Ok(());
+    }
+    if !storage.can_grow() {
+        let message = "is on a device: another size needs room that it does not have; convert it to a file first";
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
+    footer.set_size(to);
+    let end = storage.len().map_err(|error| Error::io(error, "can't be examined"))?;
+    let work = FooterMove::new(from, end, to, &footer);
+    let record = InPlace { uuid: Some(Uuid::from_bytes(footer.uuid())), work: Work::Footer(work.clone()) };
+    intent::put(&*chain.host, path, &Intent::InPlace(record))?;
+    work.apply(&**storage)?;
+    intent::remove(&*chain.host, path)
+}

@@ -1,0 +1,111 @@
+//! Making a file under a passing name, so that a half-made one never bears the right one.
+
+use std::ffi::OsString;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{FileStorage, Host, LockMode, Storage, folder_of};
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a passing name ends with.
+const SUFFIX: &str = ".vhd-new";
+/// Bytes of a file's name from which on the passing one has a number in its place: 255 is what file systems take.
+const LONG_NAME: usize = 240;
+/// That number.
+const CRC: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISO_HDLC);
+
+/// Makes a file at `path` out of what `fill` writes: under a passing name in the same folder, renamed when it is
+/// complete and durable. On a failure nothing is left, and what was at `path` is as it was. What a killed process left
+/// under the passing name goes. A device is written in place.
+///
+/// # Errors
+/// `Exists` when something is at `path` and `overwrite` is not set; `Locked` when another process makes the same file; as
+/// `fill` or the host fails.
+pub fn replace_file(
+    host: &dyn Host,
+    path: &Path,
+    overwrite: bool,
+    fill: impl FnOnce(&Arc<dyn Storage>) -> Result<()>,
+) -> Result<()> {
+    let found = std::fs::metadata(path).ok();
+    match &found {
+        Some(_) if !overwrite => return Err(exists(path)),
+        Some(found) if found.file_type().is_block_device() => {
+            let storage = Arc::new(FileStorage::open(path, true)?);
+            storage.lock(LockMode::Write)?;
+            let device = host.adopt(storage);
+            fill(&device).map_err(|error| error.at(path))?;
+            return device.sync().map_err(|error| Error::io(error, "can't be synced").at(path));
+        }
+        // Opening it finds folders, and images that are in use.
+        Some(_) => FileStorage::open(path, true)?.lock(LockMode::Write)?,
+        None => {}
+    }
+    let passing = passing_name(path);
+    remove_abandoned(host, &passing, path)?;
+    let storage = host.create(&passing).map_err(|error| match error.kind() {
+        ErrorKind::Exists => made_elsewhere(path),
+        // Nobody knows the passing name.
+        _ => error.about(path),
+    })?;
+    let made = || {
+        let _held = hold(&passing, path)?;
+        if let Some(found) = &found {
+            // Who may read what is replaced may read what replaces it, and nobody else.
+            let given = std::fs::set_permissions(&passing, found.permissions());
+            given.map_err(|error| Error::io(error, "can't be created").at(path))?;
+        }
+        fill(&storage).map_err(|error| error.at(path))?;
+        storage.sync().map_err(|error| Error::io(error, "can't be synced").at(path))?;
+        let renamed = if overwrite { host.rename(&passing, path) } else { host.rename_new(&passing, path) };
+        renamed.map_err(|error| if error.kind() == ErrorKind::Exists { exists(path) } else { error.about(path) })
+    };
+    made().inspect_err(|_| drop(host.remove(&passing)))?;
+    host.sync_folder(folder_of(path))
+}
+
+fn exists(path: &Path) -> Error {
+    Error::new(ErrorKind::Exists, "exists already; --overwrite replaces it").at(path)
+}
+
+fn made_elsewhere(path: &Path) -> Error {
+    Error::new(ErrorKind::Locked, "is being made by another process").at(path)
+}
+
+/// The name that a file at `path` bears until it is complete: the same each time, so that a later run finds what a killed
+/// one left.
+fn passing_name(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default();
+    let mut passing = OsString::from(".");
+    if name.len() < LONG_NAME {
+        passing.push(name);
+    } else {
+        passing.push(format!("{:08x}", CRC.checksum(name.as_encoded_bytes())));
+    }
+    passing.push(SUFFIX);
+    path.with_file_name(passing)
+}
+
+/// Removes what a process left that was killed. One that lives holds a lock.
+fn remove_abandoned(host: &dyn Host, passing: &Path, path: &Path) -> Result<()> {
+    match FileStorage::open(passing, true) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(left) => {
+            left.lock(LockMode::Write)
+                .map_err(|error| if error.kind() == ErrorKind::Locked { made_elsewhere(path) } else { error })?;
+            host.remove(passing)
+        }
+    }
+}
+
+/// Locks the file under its passing name, which another process may just have taken for an abandoned one.
+fn hold(passing: &Path, path: &Path) -> Result<FileStorage> {
+    let held = FileStorage::open(passing, true).map_err(|_| made_elsewhere(path))?;
+    held.lock(LockMode::Write).map_err(|_| made_elsewhere(path))?;
+    match FileStorage::open(passing, false).and_then(|again| again.identity()) {
+        Ok(identity) if identity == held.identity()? => Ok(held),
+        _ => Err(made_elsewhere(path)),
+    }
+}

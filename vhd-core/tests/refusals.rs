@@ -1,0 +1,120 @@
+//! Goal: an operation that would destroy what someone relies on is refused, and nothing is changed; the user may insist.
+//!
+//! Method: each operation that changes images, on one that a saved state relies on, on one with a child, and on one that
+//! someone has open.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails here")]
+
+mod support;
+
+use std::path::Path;
+
+use vhd_core::format::DiskType;
+use vhd_core::image::NewKind;
+use vhd_core::ops::compact::{CompactOptions, compact};
+use vhd_core::ops::in_place::{InPlaceOptions, convert_in_place};
+use vhd_core::ops::merge::{MergeOptions, execute, plan};
+use vhd_core::ops::repair::{RepairMode, repair};
+use vhd_core::ops::reparent::reparent;
+use vhd_core::ops::resize::{ResizeOptions, resize};
+use vhd_core::ops::undo;
+use vhd_core::storage::{FileStorage, LockMode};
+use vhd_core::{Error, ErrorKind, Progress};
+use vhd_testkit::fixture::{BlockFill, FixtureSpec, Kind, Layout};
+
+use self::support::{files_of, new_child, new_image, open, options};
+
+const SIZE: u64 = 64 << 10;
+
+/// An operation on `disk.vhd` of a folder; `bool` is force.
+type Operation = fn(&Path, bool) -> Result<(), Error>;
+
+const COMPACT: Operation = |path, force| {
+    let how = CompactOptions { force, ..CompactOptions::default() };
+    compact(path, &how, &mut |_| Ok(Vec::new()), &options(false), &Progress::default()).map(drop)
+};
+const RESIZE: Operation = |path, force| {
+    let how = ResizeOptions { force, ..ResizeOptions::default() };
+    resize(path, 2 * SIZE, &how, &options(false), &Progress::default()).map(drop)
+};
+const CONVERT: Operation = |path, force| {
+    let how = InPlaceOptions { force, ..InPlaceOptions::new(DiskType::Fixed) };
+    convert_in_place(path, &how, &options(false), &Progress::default()).map(drop)
+};
+/// Of the child that is beside it.
+const MERGE: Operation = |path, force| {
+    let how = MergeOptions { force, ..MergeOptions::default() };
+    let child = path.with_file_name("child.vhd");
+    execute(&plan(&child, &how, &options(false))?, &how, &options(false), &Progress::default())
+};
+
+/// A disk of another creator, in which a saved state may be noted.
+fn disk(folder: &Path, saved_state: u8) -> std::path::PathBuf {
+    let path = folder.join("disk.vhd");
+    let spec = FixtureSpec { saved_state, block_size: 4096, ..FixtureSpec::new(Kind::Dynamic, Layout::Classic, SIZE) };
+    spec.block(2, BlockFill::tags(1, 1)).write_to(&path).unwrap();
+    path
+}
+
+#[test]
+fn what_a_saved_state_relies_on_changes_by_force_alone() {
+    for (name, operation) in [("compact", COMPACT), ("resize", RESIZE), ("convert in place", CONVERT), ("merge", MERGE)] {
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = disk(folder.path(), 1);
+        if name == "merge" {
+            new_child(&folder.path().join("child.vhd"), &path);
+        }
+        let before = files_of(folder.path());
+        let error = operation(&path, false).expect_err(name);
+        assert_eq!(error.kind(), ErrorKind::Refused, "{name}: {error}");
+        assert!(error.to_string().contains("saved state") && error.to_string().contains("--force"), "{name}: {error}");
+        assert!(files_of(folder.path()) == before, "{name} changed something");
+        operation(&path, true).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+}
+
+#[test]
+fn a_parent_changes_by_force_alone_where_its_children_would_notice() {
+    for (name, operation) in [("compact", COMPACT), ("resize", RESIZE)] {
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = disk(folder.path(), 0);
+        new_child(&folder.path().join("child.vhd"), &path);
+        let before = files_of(folder.path());
+        let error = operation(&path, false).expect_err(name);
+        assert!(error.kind() == ErrorKind::Refused && error.to_string().contains("child.vhd"), "{name}: {error}");
+        assert!(files_of(folder.path()) == before, "{name} changed something");
+    }
+}
+
+#[test]
+fn what_is_open_elsewhere_is_left_alone() {
+    let operations: [(&str, Operation); 8] = [
+        ("compact", COMPACT),
+        ("resize", RESIZE),
+        ("convert in place", CONVERT),
+        ("merge", MERGE),
+        ("repair", |path, _| repair(path, RepairMode::All, false, &options(false)).map(drop)),
+        ("undo start", |path, _| undo::start(&[path.to_owned()], None, &options(false)).map(drop)),
+        ("snapshot", |path, _| {
+            let child = path.with_file_name("another.vhd");
+            vhd_core::chain::create_child(&child, path, &support::child_options(), &options(false)).map(drop)
+        }),
+        ("reparent", |path, _| reparent(&path.with_file_name("child.vhd"), path, true, &options(false)).map(drop)),
+    ];
+    for (name, operation) in operations {
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = folder.path().join("disk.vhd");
+        new_image(&path, NewKind::Dynamic, SIZE, 4096);
+        open(&path, true).write_at(&[1; 512], 0).unwrap();
+        if ["merge", "reparent"].contains(&name) {
+            new_child(&folder.path().join("child.vhd"), &path);
+        }
+        let before = files_of(folder.path());
+        let elsewhere = FileStorage::open(&path, true).unwrap();
+        elsewhere.lock(LockMode::Write).unwrap();
+        let error = operation(&path, true).expect_err(name);
+        assert_eq!(error.kind(), ErrorKind::Locked, "{name}: {error}");
+        assert!(files_of(folder.path()) == before, "{name} changed something");
+        drop(elsewhere);
+        operation(&path, true).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+}

@@ -1,0 +1,312 @@
+//! Goal: a repair leaves an image that checks clean, loses only what it said, and can be taken back.
+//!
+//! Method: every kind of damage that check knows, repaired in both modes and compared sector by sector with the image before
+//! it was damaged; docs/repair.md is the table of what came of it. On real files: the undo journal, other tools, and every
+//! state that a power cut may leave. `REPAIR_UPDATE=1` writes the table anew.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails here")]
+
+#[path = "support/damages.rs"]
+mod damages;
+mod support;
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use vhd_core::chain::{Chain, ChainOptions, Layer};
+use vhd_core::image::{Image, OpenOptions};
+use vhd_core::ops::check::{Code, Finding, Severity};
+use vhd_core::ops::repair::{Repair, RepairMode, plan, repair, undo_repair};
+use vhd_core::storage::{MemoryStorage, Storage};
+use vhd_core::{Disk, Error, ErrorKind};
+use vhd_testkit::crash::{CrashState, Effort};
+use vhd_testkit::folder::RecordingHost;
+use vhd_testkit::record::Journal;
+use vhd_testkit::tools::QemuImg;
+
+use proptest::prelude::*;
+use vhd_testkit::fixture::{Layout, refresh_checksums};
+
+use self::damages::{Case, cases};
+use self::support::{assert_error, files_of, options};
+
+const PATH: &str = "test.vhd";
+
+fn copy_of(storage: &dyn Storage) -> Vec<u8> {
+    let mut bytes = vec![0; storage.len().unwrap() as usize];
+    storage.read_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+/// What the leaf itself holds; a child's parent is nothing here.
+fn content(bytes: &[u8], writable: bool) -> Result<Vec<u8>, Error> {
+    let open = OpenOptions { writable, background_flush: None, ..OpenOptions::default() };
+    let image = Image::open(Arc::new(MemoryStorage::new(bytes.to_vec())), Path::new(PATH), &open)?;
+    let disk = Disk::new(Chain::of(Layer::Image(image)));
+    // A size that can't be right is not read to its end.
+    let mut content = vec![0; disk.size().min(64 << 20) as usize];
+    disk.read_at(&mut content, 0).map(|()| content)
+}
+
+fn planned(bytes: &[u8], mode: RepairMode) -> (Repair, Vec<u8>) {
+    let (repaired, repair) = plan(Arc::new(MemoryStorage::new(bytes.to_vec())), Path::new(PATH), mode).unwrap();
+    (repair, copy_of(&*repaired))
+}
+
+fn bad(findings: &[Finding]) -> BTreeSet<&'static str> {
+    findings.iter().filter(|finding| finding.severity > Severity::Note).map(|finding| finding.code.name()).collect()
+}
+
+/// Fails unless what the repair gives is what it says.
+fn judge(case: &Case, mode: RepairMode) -> Repair {
+    let repair = judge_loss(case, mode);
+    assert!(bad(&repair.after).is_subset(&bad(&repair.before)), "{}, {mode:?}: {:?}", case.name, repair.after);
+    repair
+}
+
+/// Fails unless it loses what it says, and no more.
+fn judge_loss(case: &Case, mode: RepairMode) -> Repair {
+    let (repair, repaired) = planned(&case.bytes, mode);
+    let name = format!("{}, {mode:?}", case.name);
+    assert!(mode == RepairMode::All || repair.lost.is_empty(), "{name}: {:?}", repair.lost);
+    // Space is not given back in one go with what was lost: it may hold that.
+    let (again, twice) = planned(&repaired, mode);
+    let is_leak = again.changes.iter().all(|change| change.contains("given back")) && !repair.lost.is_empty();
+    assert!(is_leak || (twice == repaired && again.changes.is_empty()), "{name}: not all at once: {:?}", again.changes);
+    // Some never were sound.
+    let before = content(&case.sound, false).unwrap_or_default();
+    match content(&repaired, false) {
+        // What opened before reads the same, but for what was said.
+        Ok(found) if repair.lost.is_empty() => {
+            let expected = content(&case.bytes, false).unwrap_or(before);
+            assert!(found == expected || expected.is_empty(), "{name}: reads something else");
+        }
+        Ok(found) => {
+            let same = found.chunks(512).zip(before.chunks(512)).filter(|(a, b)| a == b).count();
+            assert!(same > 0 || before.is_empty(), "{name}: nothing is left");
+        }
+        Err(_) => assert!(!repair.ok(), "{name}: a clean check of what does not open"),
+    }
+    if repair.ok() && mode == RepairMode::All {
+        let opened = content(&repaired, true);
+        let may_be = |error: &Error| error.kind() == ErrorKind::Refused;
+        assert!(opened.as_ref().map_or_else(may_be, |_| true), "{name}: {:?}", opened.err());
+    }
+    repair
+}
+
+/// What came of one mode, in words.
+fn outcome(repair: &Repair) -> String {
+    let (before, after) = (bad(&repair.before), bad(&repair.after));
+    if before.is_empty() && repair.changes.is_empty() {
+        return "-".into();
+    }
+    if after.is_empty() {
+        return "yes".into();
+    }
+    format!("left: {}", after.into_iter().collect::<Vec<_>>().join(", "))
+}
+
+fn table() -> String {
+    let mut table =
+        String::from("| damage | found as | `--repair` | `--repair=all` | given up or guessed |\n|---|---|---|---|---|\n");
+    for case in cases() {
+        let (safe, all) = (judge(&case, RepairMode::Safe), judge(&case, RepairMode::All));
+        let codes: Vec<_> = case.expected.iter().map(|code| code.name()).collect();
+        let (of_safe, of_all) = if case.deep { ("no".into(), "no".into()) } else { (outcome(&safe), outcome(&all)) };
+        let lost: Vec<_> = all.lost.iter().map(|lost| lost.split(' ').map(masked).collect::<Vec<_>>().join(" ")).collect();
+        let _ = writeln!(
+            table,
+            "| {} | {} | {} | {} | {} |",
+            case.name,
+            codes.join(", "),
+            of_safe,
+            of_all,
+            if lost.is_empty() { "-".into() } else { lost.join("; ") }
+        );
+    }
+    table
+}
+
+/// A word, where it is the same each time.
+fn masked(word: &str) -> &str {
+    if word.len() >= 36 && word.matches('-').count() >= 4 { "a new one," } else { word }
+}
+
+#[test]
+fn every_damage_is_repaired_or_the_table_says_why_not() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/repair.md");
+    let page = std::fs::read_to_string(&path).unwrap();
+    let (head, rest) = page.split_once("<!-- table -->\n").unwrap();
+    let (_, tail) = rest.split_once("<!-- end -->\n").unwrap();
+    assert!(cases().len() >= 40);
+    let new = format!("{head}<!-- table -->\n{}<!-- end -->\n{tail}", table());
+    if std::env::var_os("REPAIR_UPDATE").is_some() {
+        std::fs::write(&path, &new).unwrap();
+    }
+    let page = std::fs::read_to_string(&path).unwrap();
+    for (found, expected) in page.lines().zip(new.lines()) {
+        assert_eq!(found, expected, "docs/repair.md is not what repairs do; REPAIR_UPDATE=1 writes it anew");
+    }
+}
+
+/// An image of a layout (the only footer of a fixed disk has nothing to be put right from), and the ranges of its structures; sector bitmaps aside, which no repair judges.
+fn sound(kind: u8) -> (Vec<u8>, Vec<std::ops::Range<u64>>) {
+    let spec = match kind {
+        1 => damages::dynamic(Layout::Classic),
+        2 => damages::dynamic(Layout::Windows8),
+        3 => damages::dynamic(Layout::Tapdisk),
+        _ => damages::child(damages::parent()),
+    };
+    let (bytes, placed) = spec.to_bytes();
+    let mut structures = vec![placed.footer..placed.footer + 90, 0..90, placed.header..placed.header + 64];
+    structures.push(placed.header + 576..placed.header + 650);
+    structures.push(placed.bat..placed.bat + u64::from(placed.bat_entries) * 4);
+    structures.extend(placed.batmap.map(|at| at..at + 80));
+    (bytes, structures)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Each repair of a mutated image gives a clean check and loses only what the plan said.
+    #[test]
+    fn a_mutated_image_is_repaired_and_loses_only_what_was_said(
+        kind in 1..5_u8,
+        edits in prop::collection::vec((any::<u32>(), any::<u32>(), any::<u8>(), any::<bool>()), 1..2),
+        summed in any::<bool>(),
+    ) {
+        let (sound, structures) = sound(kind);
+        let mut bytes = sound.clone();
+        for (place, at, value, wipe) in edits {
+            let place = &structures[place as usize % structures.len()];
+            let at = (place.start + u64::from(at) % (place.end - place.start)) as usize;
+            let end = if wipe { (at + 32).min(place.end as usize) } else { at + 1 };
+            bytes[at..end].fill(value);
+        }
+        if summed {
+            refresh_checksums(&mut bytes);
+        }
+        let case = Case { name: "mutated", expected: &[], deep: false, bytes, sound };
+        for mode in [RepairMode::Safe, RepairMode::All] {
+            let storage = Arc::new(MemoryStorage::new(case.bytes.clone()));
+            match plan(storage, Path::new(PATH), mode) {
+                // Nothing of a VHD is left: that is said, and nothing is done.
+                Err(error) => prop_assert_eq!(error.kind(), ErrorKind::NotVhd, "{}", error),
+                Ok(_) => {
+                    let repair = judge_loss(&case, mode);
+                    let unrepairable: Vec<_> = repair.after.iter().filter(|finding| finding.severity == Severity::Error).collect();
+                    if mode == RepairMode::All {
+                        prop_assert!(unrepairable.iter().all(|finding| HOPELESS.contains(&finding.code)), "{:?}", unrepairable);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What no repair can know: docs/repair.md says why.
+const HOPELESS: [Code; 1] = [Code::SizeZero];
+
+fn case_named(name: &str) -> Case {
+    cases().into_iter().find(|case| case.name == name).unwrap_or_else(|| panic!("{name}"))
+}
+
+fn file_of(case: &Case) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = folder.path().join("disk.vhd");
+    std::fs::write(&path, &case.bytes).unwrap();
+    (folder, path)
+}
+
+#[test]
+fn a_repair_can_be_taken_back_byte_for_byte() {
+    for case in cases() {
+        let (folder, path) = file_of(&case);
+        let before = files_of(folder.path());
+        let dry = repair(&path, RepairMode::All, true, &options(false));
+        assert!(files_of(folder.path()) == before, "{}", case.name);
+        let Ok(done) = repair(&path, RepairMode::All, false, &options(false)) else {
+            assert!(dry.is_err());
+            continue;
+        };
+        let Some(journal) = &done.journal else {
+            assert!(files_of(folder.path()) == before, "{}", case.name);
+            continue;
+        };
+        assert!(journal.exists() && std::fs::read(&path).unwrap() != case.bytes, "{}", case.name);
+        assert_eq!(undo_repair(&path, false, &options(false)).unwrap(), done.changes);
+        assert!(files_of(folder.path()) == before, "{}", case.name);
+    }
+}
+
+#[test]
+fn what_was_repaired_and_written_since_is_not_taken_back_unasked() {
+    let (folder, path) = file_of(&case_named("no trailing footer"));
+    assert_error(&undo_repair(&path, false, &options(false)).unwrap_err(), ErrorKind::InvalidInput, "no undo journal");
+    repair(&path, RepairMode::Safe, false, &options(false)).unwrap();
+    support::open(&path, true).write_at(&[1; 512], 3 << 20).unwrap();
+    assert_error(&undo_repair(&path, false, &options(false)).unwrap_err(), ErrorKind::Refused, "changed since");
+    // A journal of which a byte is wrong puts nothing back.
+    let journal = folder.path().join("disk.vhd.vhd-repair-undo");
+    let mut bytes = std::fs::read(&journal).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&journal, bytes).unwrap();
+    assert_error(&undo_repair(&path, true, &options(false)).unwrap_err(), ErrorKind::Corrupt, "is no undo journal");
+}
+
+#[test]
+fn qemu_reads_what_was_repaired() {
+    let Some(qemu) = QemuImg::find() else { return };
+    for name in ["no trailing footer", "both checksums", "header checksum", "duplicate", "cut", "no footers, a header"] {
+        let case = case_named(name);
+        let (_folder, path) = file_of(&case);
+        assert!(repair(&path, RepairMode::All, false, &options(false)).unwrap().ok(), "{name}");
+        let expected = content(&std::fs::read(&path).unwrap(), false).unwrap();
+        assert!(qemu.to_raw(&path).unwrap() == expected, "{name}");
+    }
+}
+
+/// Repairs a recorded copy, and judges each state. Returns states and barriers.
+fn enumerate(case: &Case, without: usize) -> (Result<usize, String>, usize) {
+    let (folder, path) = file_of(case);
+    let journal = Journal::without_barrier(without);
+    let host = Arc::new(RecordingHost::new(folder.path(), &journal));
+    let chain = ChainOptions { host: Arc::clone(&host) as _, ..options(false) };
+    repair(&path, RepairMode::All, false, &chain).unwrap();
+    let done = std::fs::read(&path).unwrap();
+    let scratch = tempfile::tempdir_in("/dev/shm").unwrap();
+    let states = host.crash_states(Effort { exhaustive: 4, samples: 4, seed: 1 }, &mut |state: &CrashState| {
+        state.put_into(scratch.path());
+        let path = scratch.path().join("disk.vhd");
+        let found = std::fs::read(&path).map_err(|error| error.to_string())?;
+        let refused = Disk::open(&path, &options(false)).is_err_and(|error| error.to_string().contains("--repair"));
+        if found != case.bytes && found != done && !refused {
+            return Err("half repaired, and it opens".into());
+        }
+        if found != done || refused {
+            repair(&path, RepairMode::All, false, &options(false)).map_err(|error| format!("again: {error}"))?;
+        }
+        let found = std::fs::read(&path).map_err(|error| error.to_string())?;
+        if found != done {
+            return Err("repaired otherwise".into());
+        }
+        undo_repair(&path, false, &options(false)).map_err(|error| format!("undo: {error}"))?;
+        let found = std::fs::read(&path).map_err(|error| error.to_string())?;
+        if found == case.bytes { Ok(()) } else { Err("the original is lost".into()) }
+    });
+    (states, journal.syncs())
+}
+
+#[test]
+fn a_power_cut_at_any_point_leaves_the_original_or_the_repaired_image() {
+    for name in ["cut", "BAT of zeros", "no header"] {
+        let case = case_named(name);
+        let (states, syncs) = enumerate(&case, usize::MAX);
+        let states = states.unwrap_or_else(|error| panic!("{name}: {error}"));
+        let caught: Vec<_> = (0..syncs).filter(|barrier| enumerate(&case, *barrier).0.is_err()).collect();
+        println!("{name}: {states} states, barriers of {syncs} taken away and found: {caught:?}");
+        assert!(caught.len() >= 3, "{name}: {caught:?} of {syncs}");
+    }
+}

@@ -1,0 +1,119 @@
+//! Mounting the file system that is in a file: by the kernel through a loop device, else by a FUSE file system that is
+//! installed.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use vhd_core::{Error, ErrorKind, Result};
+
+use crate::unmount::one_line;
+
+/// What mounts a kind of file system for everyone.
+struct Helper {
+    /// As `blkid` names it.
+    kinds: &'static [&'static str],
+    program: &'static str,
+    /// Debian's package of it.
+    package: &'static str,
+    /// Words without which it would not write.
+    to_write: &'static [&'static str],
+    /// It must be told what to call what it mounts; others call it by the file.
+    is_named: bool,
+}
+
+const HELPERS: &[Helper] = &[
+    Helper { kinds: &["ext2", "ext3", "ext4"], program: "fuse2fs", package: "fuse2fs", to_write: &["rw"], is_named: true },
+    Helper { kinds: &["ntfs"], program: "ntfs-3g", package: "ntfs-3g", to_write: &["rw"], is_named: false },
+    Helper { kinds: &["vfat"], program: "fusefat", package: "fusefat", to_write: &["rw+"], is_named: true },
+];
+
+/// Mounts what is in `file` on the folder `at`, and says what did it: `ext4 (kernel, /dev/loop0)`.
+pub(crate) fn mount(file: &Path, at: &Path, options: &[String], read_only: bool) -> Result<String> {
+    let kind = kind_of(file)?;
+    let by_kernel = match nix::unistd::geteuid().is_root() {
+        true => by_kernel(file, at, &kind, options, read_only),
+        false => Err("only root may use loop devices".to_owned()),
+    };
+    let reason = match by_kernel {
+        Ok(device) => return Ok(format!("{kind} (kernel, {device})")),
+        Err(reason) => reason,
+    };
+    let Some(helper) = HELPERS.iter().find(|helper| helper.kinds.contains(&kind.as_str())) else {
+        let message =
+            format!("its {kind} file system can't be mounted by the kernel ({reason}), and no FUSE file system is known for it");
+        return Err(Error::new(ErrorKind::Unsupported, message).at(file));
+    };
+    let access: &[&str] = if read_only { &["ro"] } else { helper.to_write };
+    // What the mount is told to be of is how its file is found again.
+    let words = access.iter().map(|word| (*word).to_owned()).chain(options.iter().cloned());
+    let words: Vec<_> = words.chain(helper.is_named.then(|| format!("fsname={}", file.display()))).collect();
+    let mut command = Command::new(helper.program);
+    command.arg("-o").arg(words.join(",")).arg(file).arg(at);
+    match run(&mut command) {
+        Ok(_) => Ok(format!("{kind} ({})", helper.program)),
+        Err(error) => {
+            let (program, package) = (helper.program, helper.package);
+            let message = format!(
+                "its {kind} file system can't be mounted, neither by the kernel ({reason}) nor by {program} of package {package} ({error})"
+            );
+            Err(Error::new(ErrorKind::Unsupported, message).at(file))
+        }
+    }
+}
+
+/// The kind of file system, as `blkid` of util-linux names it.
+fn kind_of(file: &Path) -> Result<String> {
+    let failed = |why: String| Error::new(ErrorKind::Unsupported, format!("no file system is found in it: {why}")).at(file);
+    let mut command = Command::new("blkid");
+    command.args(["-p", "-o", "value", "-s", "TYPE"]).arg(file);
+    let kind = run(&mut command).map_err(failed)?;
+    if kind.is_empty() { Err(failed("blkid knows none".to_owned())) } else { Ok(kind) }
+}
+
+/// Through a loop device, which goes by itself with the mount.
+fn by_kernel(file: &Path, at: &Path, kind: &str, options: &[String], read_only: bool) -> std::result::Result<String, String> {
+    let loops = |direct: bool| {
+        let mut command = Command::new("losetup");
+        command.args(["--find", "--show"]).args(read_only.then_some("--read-only"));
+        // What the file system keeps in memory need not be there twice.
+        command.args(direct.then_some("--direct-io=on")).arg(file);
+        run(&mut command)
+    };
+    let device = loops(true).or_else(|_| loops(false))?;
+    let access = if read_only { "ro" } else { "rw" };
+    // A guest made it: what it says of rights and devices does not count on the host unless asked for.
+    let words = [access, "nosuid", "nodev"].into_iter().map(str::to_owned).chain(options.iter().cloned());
+    let words: Vec<_> = words.collect();
+    let mut command = Command::new("mount");
+    command.args(["-n", "-i", "-t", kind, "-o", &words.join(",")]).arg(&device).arg(at);
+    let mounted = run(&mut command);
+    // It stays while it is in use.
+    let released = run(Command::new("losetup").arg("--detach").arg(&device));
+    if let Err(error) = released {
+        tracing::warn!("{device}: {error}");
+    }
+    mounted.map(|_| device)
+}
+
+/// What a program printed; or why it failed, in one line.
+fn run(command: &mut Command) -> std::result::Result<String, String> {
+    // mkfs, losetup and the like are not on every user's path.
+    let path = std::env::var("PATH").unwrap_or_default();
+    let output = command.env("PATH", format!("{path}:/usr/sbin:/sbin")).env("LC_ALL", "C").output();
+    let output = output.map_err(|error| format!("{}: {error}", command.get_program().to_string_lossy()))?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    }
+    Err(one_line(&String::from_utf8_lossy(&output.stderr)).to_owned())
+}
+
+/// The file that a mounted file system is in, by what is told to be mounted: itself, or a loop device over it.
+pub(crate) fn file_of(source: &Path) -> Option<PathBuf> {
+    let Some(device) = source.to_str().and_then(|source| source.strip_prefix("/dev/loop")) else {
+        return source.is_absolute().then(|| source.to_owned());
+    };
+    let named = std::fs::read(format!("/sys/block/loop{device}/loop/backing_file")).ok()?;
+    let named = named.strip_suffix(b"\n").unwrap_or(&named);
+    Some(PathBuf::from(std::ffi::OsStr::from_bytes(named)))
+}

@@ -1,0 +1,332 @@
+//! The transmission phase of a connection: one task reads requests, one writes replies, and the disk works in either
+//! the reading task, where it answers from memory, or in other threads, where it does not.
+//!
+//! Replies go out in any order. What a connection holds is bounded: long requests go in pieces, and the rest is counted
+//! ([`Flight`]).
+
+mod input;
+mod outbox;
+mod work;
+
+pub use outbox::Direct;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::task::JoinHandle;
+
+use self::input::{Came, Input};
+use self::outbox::{Body, Outbox, Segment};
+use self::work::Work;
+use crate::buffers::{PIECE, Pool};
+use crate::client::Client;
+use crate::codec::{Command, Errno, MAX_PAYLOAD, Request, command_flag, request_len};
+use crate::export::Visit;
+use crate::handshake::Session;
+use crate::limits::{Budget, Flight, Limits, Ticket};
+use crate::transmission::{Operation, Refusal, check, status_payload};
+
+/// Replies, and bytes of them, that are collected before they are sent.
+const BATCH: usize = 16;
+const BATCH_BYTES: usize = PIECE;
+/// Payload that is thrown away so as to go on after a bad request. More than that is no mistake.
+const MAX_DISCARD: u64 = 1 << 32;
+/// How long a client may take for its last replies after it has ended the session.
+const LINGER: Duration = Duration::from_secs(30);
+
+/// What the connections of a server share.
+#[derive(Debug)]
+pub struct Shared {
+    /// What each may take.
+    pub limits: Limits,
+    /// What all may take.
+    pub budget: Arc<Budget>,
+    /// Where buffers come from.
+    pub pool: Arc<Pool>,
+}
+
+/// A connection that has chosen its export.
+#[derive(Debug)]
+pub struct Connection<R> {
+    input: Input<R>,
+    work: Arc<Work>,
+    flight: Arc<Flight>,
+    client: Arc<Client>,
+    pool: Arc<Pool>,
+    batch: Vec<Segment>,
+    batch_bytes: usize,
+    /// Requests that are not counted yet.
+    asked: u64,
+    extended: bool,
+}
+
+/// Serves a client until it ends the session, its stream ends, or the server does.
+///
+/// `ahead` came already. Replies go to `direct`, or to `stream` when there is no such thing.
+///
+/// # Errors
+/// As the stream fails, or when the client is not understood.
+pub async fn serve(
+    shared: &Shared,
+    client: Arc<Client>,
+    session: Session,
+    visit: Visit,
+    (stream, ahead): (impl AsyncRead + Unpin, &[u8]),
+    (direct, writer): (Option<Direct>, Option<impl AsyncWrite + Unpin + Send + 'static>),
+) -> io::Result<()> {
+    let flight = Flight::new(&shared.limits, Arc::clone(&shared.budget));
+    let extended = session.extended();
+    let work = Arc::new(Work::new(visit, session, Outbox::new(direct)));
+    let mut writing = Writing::start(&work, writer);
+    let mut connection = Connection {
+        input: Input::new(stream, ahead, client.phase()),
+        work,
+        flight,
+        client,
+        pool: Arc::clone(&shared.pool),
+        batch: Vec::with_capacity(BATCH),
+        batch_bytes: 0,
+        asked: 0,
+        extended,
+    };
+    let ended = connection.run().await;
+    connection.send_batch();
+    if ended.is_err() {
+        // Nobody knows what the client understands.
+        connection.work.outbox.fail();
+    } else if tokio::time::timeout(LINGER, connection.flight.empty()).await.is_err() {
+        connection.work.outbox.fail();
+    }
+    connection.work.outbox.finish();
+    let _ = tokio::time::timeout(LINGER, &mut writing.task).await;
+    // What was begun uses the disk; who closes it waits for that.
+    connection.flight.empty().await;
+    ended
+}
+
+/// The writing task; it ends with this.
+struct Writing {
+    work: Arc<Work>,
+    task: JoinHandle<()>,
+}
+
+impl Writing {
+    fn start(work: &Arc<Work>, writer: Option<impl AsyncWrite + Unpin + Send + 'static>) -> Self {
+        let (work, writing) = (Arc::clone(work), Arc::clone(work));
+        Self { work, task: tokio::spawn(async move { writing.outbox.write(writer).await }) }
+    }
+}
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        self.work.outbox.fail();
+        self.task.abort();
+    }
+}
+
+/// Ends a session of which a request failed in a way that nobody thought of: its client would wait for ever.
+struct EndOnPanic(Arc<Work>);
+
+impl Drop for EndOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.outbox.fail();
+        }
+    }
+}
+
+impl<R: AsyncRead + Unpin> Connection<R> {
+    async fn run(&mut self) -> io::Result<()> {
+        let header = request_len(self.extended);
+        loop {
+            if !self.input.has(header) {
+                self.send_batch();
+                if self.input.wait(header).await? == Came::End {
+                    return Ok(());
+                }
+            }
+            let request = self.input.peek(header).and_then(|bytes| Request::parse(bytes, self.extended));
+            let request = request.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "what came is no request"))?;
+            self.input.skip(header);
+            if request.command == Command::Disconnect {
+                return Ok(());
+            }
+            self.asked += 1;
+            self.request(&request).await?;
+            if self.batch.len() >= BATCH || self.batch_bytes >= BATCH_BYTES {
+                self.send_batch();
+            }
+            if self.work.outbox.has_failed() {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+        }
+    }
+
+    async fn request(&mut self, request: &Request) -> io::Result<()> {
+        let held = usize::try_from(request.len).unwrap_or(usize::MAX).min(PIECE);
+        let ticket = match self.flight.try_admit(held) {
+            Some(ticket) => ticket,
+            None => {
+                self.send_batch();
+                self.flight.admit(held).await
+            }
+        };
+        let checked = match check(request, self.work.session()) {
+            Ok(_) if self.client.is_ending() => Err((Errno::Shutdown, "the server ends")),
+            checked => checked,
+        };
+        match checked {
+            Err(refusal) => self.refuse(request, refusal, ticket).await,
+            Ok(Operation::Read { one_chunk }) => {
+                self.read(request, one_chunk, ticket);
+                Ok(())
+            }
+            Ok(Operation::Write) => self.write(request, ticket).await,
+            Ok(Operation::Status { one_extent }) => self.status(request, one_extent, ticket).await,
+            Ok(operation) => {
+                let (work, request, pool) = (Arc::clone(&self.work), *request, Arc::clone(&self.pool));
+                self.in_pool(ticket, move |ticket| work.plain(&request, operation, &pool, ticket));
+                Ok(())
+            }
+        }
+    }
+
+    /// Sends the replies that were collected.
+    fn send_batch(&mut self) {
+        if self.asked > 0 {
+            self.client.asked(std::mem::take(&mut self.asked));
+        }
+        if !self.batch.is_empty() {
+            self.work.outbox.push(&mut self.batch);
+            self.batch_bytes = 0;
+        }
+    }
+
+    fn reply(&mut self, segment: Segment) {
+        if let Body::Buffer(buffer) = &segment.body {
+            self.batch_bytes += buffer.len();
+        }
+        self.batch.push(segment);
+    }
+
+    fn in_pool(&self, ticket: Ticket, job: impl FnOnce(Ticket) + Send + 'static) {
+        let guard = EndOnPanic(Arc::clone(&self.work));
+        tokio::task::spawn_blocking(move || {
+            let _guard = guard;
+            job(ticket);
+        });
+    }
+
+    /// Says no, and goes past the payload.
+    async fn refuse(&mut self, request: &Request, (error, message): Refusal, ticket: Ticket) -> io::Result<()> {
+        let segment = self.work.failure(request, error, message, Some(ticket));
+        self.reply(segment);
+        self.discard(request.payload(self.extended)).await
+    }
+
+    async fn discard(&mut self, len: u64) -> io::Result<()> {
+        if len > self.input.ahead() as u64 {
+            self.send_batch();
+        }
+        if len > MAX_DISCARD {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a payload of {len} bytes can't be meant")));
+        }
+        self.input.discard(len).await
+    }
+
+    fn read(&mut self, request: &Request, one_chunk: bool, ticket: Ticket) {
+        let len = usize::try_from(request.len).unwrap_or(usize::MAX);
+        // What the client does not take yet need not be read yet: it would only be pushed out of the processor's cache.
+        if len > PIECE || self.work.outbox.is_full() && len > 0 {
+            let (work, request, pool) = (Arc::clone(&self.work), *request, Arc::clone(&self.pool));
+            tokio::spawn(async move { work.read_later(request, one_chunk, pool, ticket).await });
+        } else if self.work.is_fast() {
+            let segment = self.work.read(request, self.pool.take(len), ticket);
+            self.reply(segment);
+        } else {
+            let (work, request, buffer) = (Arc::clone(&self.work), *request, self.pool.take(len));
+            self.in_pool(ticket, move |ticket| {
+                let segment = work.read(&request, buffer, ticket);
+                work.outbox.push(&mut vec![segment]);
+            });
+        }
+    }
+
+    async fn write(&mut self, request: &Request, ticket: Ticket) -> io::Result<()> {
+        let len = usize::try_from(request.len).unwrap_or(usize::MAX);
+        if len > PIECE {
+            return self.write_long(request, ticket).await;
+        }
+        let mut buffer = self.pool.take(len);
+        if !self.input.has(len) {
+            self.send_batch();
+        }
+        self.input.read(&mut buffer).await?;
+        if self.work.is_fast() && !request.has(command_flag::FUA) {
+            let done = self.work.write(request, request.offset, &buffer);
+            let segment = self.work.answer(request, done, ticket);
+            self.reply(segment);
+        } else {
+            let (work, request) = (Arc::clone(&self.work), *request);
+            self.in_pool(ticket, move |ticket| {
+                let done = work.write(&request, request.offset, &buffer);
+                work.outbox.push(&mut vec![work.answer(&request, done, ticket)]);
+            });
+        }
+        Ok(())
+    }
+
+    /// Takes a long payload piece by piece, each written before the next is taken. After a failure the rest is thrown away.
+    async fn write_long(&mut self, request: &Request, ticket: Ticket) -> io::Result<()> {
+        self.send_batch();
+        let mut left = request.len;
+        let mut done = Ok(());
+        while left > 0 && done.is_ok() {
+            // Up to a multiple of the piece, so that the pieces lie as the disk's blocks do.
+            let at = request.offset + (request.len - left);
+            let len = (PIECE as u64 - at % PIECE as u64).min(left);
+            let mut buffer = self.pool.take(len as usize);
+            self.input.read(&mut buffer).await?;
+            left -= len;
+            let (work, request) = (Arc::clone(&self.work), *request);
+            let last = left == 0;
+            let written = tokio::task::spawn_blocking(move || {
+                // Durable is what was asked for as a whole.
+                let request = if last { request } else { Request { flags: 0, ..request } };
+                work.write(&request, at, &buffer)
+            });
+            done = written.await.unwrap_or_else(|_| Err((Errno::Io, "the server failed".into())));
+        }
+        let segment = self.work.answer(request, done, ticket);
+        self.reply(segment);
+        self.discard(left).await
+    }
+
+    async fn status(&mut self, request: &Request, one_extent: bool, ticket: Ticket) -> io::Result<()> {
+        let mut range = request.len;
+        let mut wanted: Vec<_> = self.work.session().contexts.iter().map(|(id, _)| *id).collect();
+        if request.has(command_flag::PAYLOAD_LEN) {
+            // A number for each context and one more: what is longer is not read.
+            let most = 8 + 4 * wanted.len() as u64;
+            if request.len > most.min(u64::from(MAX_PAYLOAD)) {
+                return self.refuse(request, (Errno::Inval, "the payload is longer than a list of contexts"), ticket).await;
+            }
+            let mut payload = vec![0; request.len as usize];
+            self.send_batch();
+            self.input.read(&mut payload).await?;
+            match status_payload(request, &payload, self.work.session()) {
+                Ok(choice) => (range, wanted) = choice,
+                Err((error, message)) => {
+                    let segment = self.work.failure(request, error, message, Some(ticket));
+                    self.reply(segment);
+                    return Ok(());
+                }
+            }
+        }
+        let (work, request) = (Arc::clone(&self.work), *request);
+        self.in_pool(ticket, move |ticket| work.status(&request, range, &wanted, one_extent, ticket));
+        Ok(())
+    }
+}

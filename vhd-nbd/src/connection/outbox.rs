@@ -1,0 +1,326 @@
+//! What waits to be sent to a client.
+//!
+//! Whoever has a reply sends it at once where the socket takes it, several with one call. What the socket does not take
+//! waits for the writing task. So most replies cost no change of tasks, and no reply waits for a reader.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::pin::{Pin, pin};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use smallvec::SmallVec;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::net::{tcp, unix};
+use tokio::sync::Notify;
+
+use crate::buffers::Buffer;
+use crate::codec::Head;
+use crate::limits::Ticket;
+
+/// Replies that go out with one call.
+const AT_ONCE: usize = 64;
+/// Bytes that wait before a long reply waits with its next piece.
+const ENOUGH: usize = 256 << 10;
+
+/// Data of a reply.
+#[derive(Debug)]
+pub enum Body {
+    /// None.
+    Empty,
+    /// A few bytes.
+    Bytes(Vec<u8>),
+    /// Bytes of a disk.
+    Buffer(Buffer),
+}
+
+/// A reply, or a piece of one.
+#[derive(Debug)]
+pub struct Segment {
+    /// First this.
+    pub head: Head,
+    /// Then this.
+    pub body: Body,
+    /// Given back when it is sent.
+    #[expect(dead_code, reason = "held, not read")]
+    pub ticket: Option<Ticket>,
+}
+
+impl Segment {
+    fn body(&self) -> &[u8] {
+        match &self.body {
+            Body::Empty => &[],
+            Body::Bytes(bytes) => bytes,
+            Body::Buffer(buffer) => buffer,
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.head.as_bytes().len() + self.body().len()
+    }
+}
+
+/// A socket that can be written to without waiting.
+#[derive(Debug)]
+pub enum Direct {
+    /// TCP.
+    Tcp(tcp::OwnedWriteHalf),
+    /// Unix.
+    Unix(unix::OwnedWriteHalf),
+}
+
+impl Direct {
+    fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(socket) => socket.try_write_vectored(slices),
+            Self::Unix(socket) => socket.try_write_vectored(slices),
+        }
+    }
+
+    async fn writable(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(socket) => socket.writable().await,
+            Self::Unix(socket) => socket.writable().await,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    queue: VecDeque<Segment>,
+    /// Bytes of the first segment that are sent.
+    sent: usize,
+    /// Bytes that wait.
+    bytes: usize,
+    /// A reply in pieces is under way: others wait here until it is complete.
+    held: Option<Vec<Segment>>,
+    finished: bool,
+    failed: bool,
+}
+
+impl State {
+    /// Takes `count` bytes out of the queue.
+    fn advance(&mut self, count: usize) {
+        self.bytes -= count;
+        self.sent += count;
+        while let Some(len) = self.queue.front().map(Segment::len).filter(|len| self.sent >= *len) {
+            self.sent -= len;
+            self.queue.pop_front();
+        }
+    }
+
+    fn fail(&mut self) {
+        *self = Self { failed: true, finished: self.finished, ..Self::default() };
+    }
+}
+
+/// Calls `write` with the bytes that come first.
+fn with_slices<T>(queue: &VecDeque<Segment>, sent: usize, write: impl FnOnce(&[IoSlice<'_>]) -> T) -> T {
+    let mut slices: SmallVec<[IoSlice<'_>; 2 * AT_ONCE]> = SmallVec::new();
+    let parts = queue.iter().take(AT_ONCE).flat_map(|segment| [segment.head.as_bytes(), segment.body()]);
+    slices.extend(parts.filter(|part| !part.is_empty()).map(IoSlice::new));
+    let mut rest = &mut slices[..];
+    IoSlice::advance_slices(&mut rest, sent);
+    write(rest)
+}
+
+/// What waits to be sent.
+#[derive(Debug)]
+pub struct Outbox {
+    state: Mutex<State>,
+    direct: Option<Direct>,
+    wake: Notify,
+    /// Something was sent.
+    moved: Notify,
+}
+
+/// What the writing task does next.
+enum Next {
+    Write,
+    Wait,
+    End,
+}
+
+/// The right to send a reply in pieces, with no other between.
+#[derive(Debug)]
+pub struct Stream<'a>(&'a Outbox);
+
+impl Outbox {
+    /// Nothing waits.
+    pub fn new(direct: Option<Direct>) -> Self {
+        Self { state: Mutex::default(), direct, wake: Notify::new(), moved: Notify::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends replies, or puts them to those that wait.
+    pub fn push(&self, batch: &mut Vec<Segment>) {
+        let mut state = self.lock();
+        match &mut state.held {
+            Some(held) => held.append(batch),
+            None => self.enqueue(&mut state, batch.drain(..)),
+        }
+    }
+
+    fn enqueue(&self, state: &mut State, segments: impl Iterator<Item = Segment>) {
+        if state.failed {
+            segments.for_each(drop);
+            return;
+        }
+        for segment in segments {
+            state.bytes += segment.len();
+            state.queue.push_back(segment);
+        }
+        // Nobody else is about to write: with a direct socket all do so under the lock.
+        match &self.direct {
+            Some(direct) if matches!(write_some(state, direct), Ok(0)) => {}
+            _ => self.wake.notify_one(),
+        }
+    }
+
+    /// Begins a reply in pieces. One task of a connection may do that at a time.
+    pub fn stream(&self) -> Stream<'_> {
+        self.lock().held.get_or_insert_default();
+        Stream(self)
+    }
+
+    /// Waits until little waits.
+    pub async fn has_room(&self) {
+        loop {
+            let mut moved = pin!(self.moved.notified());
+            // From here on it misses nothing.
+            moved.as_mut().enable();
+            if !self.is_full() {
+                return;
+            }
+            moved.await;
+        }
+    }
+
+    /// True when so much waits that more should wait elsewhere.
+    pub fn is_full(&self) -> bool {
+        let state = self.lock();
+        !state.failed && state.bytes >= ENOUGH
+    }
+
+    /// The writing task ends when all is sent.
+    pub fn finish(&self) {
+        self.lock().finished = true;
+        self.wake.notify_one();
+    }
+
+    /// True when the client takes nothing any more.
+    pub fn has_failed(&self) -> bool {
+        self.lock().failed
+    }
+
+    /// Drops all that waits; the connection can't go on.
+    pub fn fail(&self) {
+        self.lock().fail();
+        self.wake.notify_one();
+        self.moved.notify_waiters();
+    }
+
+    /// The writing task. `stream` is where it goes when there is no direct socket.
+    pub async fn write(&self, mut stream: Option<impl AsyncWrite + Unpin>) {
+        loop {
+            let done = match (&self.direct, &mut stream) {
+                (Some(direct), _) => self.write_direct(direct).await,
+                (None, Some(stream)) => self.write_stream(stream).await,
+                (None, None) => Ok(()),
+            };
+            if let Err(error) = done {
+                tracing::debug!("a client takes no more: {error}");
+                self.fail();
+            }
+            self.moved.notify_waiters();
+            match self.next() {
+                Next::End => return,
+                Next::Write => {}
+                Next::Wait => self.wake.notified().await,
+            }
+        }
+    }
+
+    fn next(&self) -> Next {
+        let state = self.lock();
+        match state.queue.is_empty() {
+            _ if state.failed => Next::End,
+            true if state.finished && state.held.is_none() => Next::End,
+            true => Next::Wait,
+            false => Next::Write,
+        }
+    }
+
+    async fn write_direct(&self, direct: &Direct) -> io::Result<()> {
+        loop {
+            let left = write_some(&mut self.lock(), direct)?;
+            self.moved.notify_waiters();
+            if left == 0 {
+                return Ok(());
+            }
+            direct.writable().await?;
+        }
+    }
+
+    async fn write_stream(&self, stream: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+        let mut queue = std::mem::take(&mut self.lock().queue);
+        if queue.is_empty() {
+            return Ok(());
+        }
+        let mut sent = 0;
+        while !queue.is_empty() {
+            let count = std::future::poll_fn(|context| {
+                with_slices(&queue, sent, |slices| Pin::new(&mut *stream).poll_write_vectored(context, slices))
+            });
+            let count = count.await?;
+            if count == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            let mut state = State { queue, sent, bytes: usize::MAX, ..State::default() };
+            state.advance(count);
+            (queue, sent) = (state.queue, state.sent);
+            let mut shared = self.lock();
+            shared.bytes = shared.bytes.saturating_sub(count);
+            drop(shared);
+            self.moved.notify_waiters();
+        }
+        stream.flush().await
+    }
+}
+
+/// Writes what the socket takes now; returns the bytes that are left.
+fn write_some(state: &mut State, direct: &Direct) -> io::Result<usize> {
+    while !state.queue.is_empty() {
+        match with_slices(&state.queue, state.sent, |slices| direct.try_write(slices)) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => state.advance(count),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(state.bytes)
+}
+
+impl Stream<'_> {
+    /// Sends a piece when there is room for it. False when the client takes nothing any more.
+    pub async fn send(&self, segment: Segment) -> bool {
+        self.0.has_room().await;
+        let mut state = self.0.lock();
+        self.0.enqueue(&mut state, std::iter::once(segment));
+        !state.failed
+    }
+}
+
+impl Drop for Stream<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        let held = state.held.take().unwrap_or_default();
+        self.0.enqueue(&mut state, held.into_iter());
+        if state.finished {
+            self.0.wake.notify_one();
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! A socket that takes commands: one JSON document a line, one answer a line.
+//!
+//! A request is `{"command": "snapshot", "name": "disk", ...}`, an answer `{"ok": ...}` or `{"error": {"kind", "file",
+//! "message"}}`. Only the user who made the socket (and root) may connect.
+
+use std::fs::Permissions;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use vhd_core::{Error, ErrorKind, Result};
+
+/// Bytes of a request or an answer at most.
+const MAX_LINE: u64 = 16 << 20;
+/// Clients at once at most: people and scripts, not load.
+const MAX_CLIENTS: usize = 32;
+/// How long a client may say nothing.
+const IDLE: Duration = Duration::from_secs(300);
+/// The ending of sockets in the runtime folder.
+pub const EXTENSION: &str = "ctl";
+
+/// What a client asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// What to do.
+    pub command: String,
+    /// With what.
+    #[serde(flatten)]
+    pub arguments: Map<String, Value>,
+}
+
+impl Request {
+    /// A request without arguments.
+    #[must_use]
+    pub fn new(command: &str) -> Self {
+        Self { command: command.into(), arguments: Map::new() }
+    }
+
+    /// The same with an argument more.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
+        self.arguments.insert(name.into(), value.into());
+        self
+    }
+
+    /// An argument that is text.
+    ///
+    /// # Errors
+    /// `InvalidInput` when it is missing or something else.
+    pub fn text(&self, name: &str) -> Result<&str> {
+        self.optional_text(name)?.ok_or_else(|| self.wrong(name, "is missing"))
+    }
+
+    /// An argument that is text, where it is there.
+    ///
+    /// # Errors
+    /// `InvalidInput` when it is something else.
+    pub fn optional_text(&self, name: &str) -> Result<Option<&str>> {
+        match self.arguments.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(_) => Err(self.wrong(name, "is no text")),
+        }
+    }
+
+    /// An argument that is true or false; false when it is missing.
+    ///
+    /// # Errors
+    /// `InvalidInput` when it is something else.
+    pub fn flag(&self, name: &str) -> Result<bool> {
+        match self.arguments.get(name) {
+            None | Some(Value::Null) => Ok(false),
+            Some(Value::Bool(value)) => Ok(*value),
+            Some(_) => Err(self.wrong(name, "is neither true nor false")),
+        }
+    }
+
+    /// The answer to a command that nobody knows.
+    #[must_use]
+    pub fn unknown(&self, known: &[&str]) -> Error {
+        let message = format!("command {:?} is not known here, expected one of: {}", self.command, known.join(" "));
+        Error::new(ErrorKind::InvalidInput, message)
+    }
+
+    fn wrong(&self, name: &str, what: &str) -> Error {
+        Error::new(ErrorKind::InvalidInput, format!("argument {name:?} of command {:?} {what}", self.command))
+    }
+}
+
+/// What answers requests. Several may come at once.
+pub trait Handler: Send + Sync {
+    /// Does what is asked and says what came of it.
+    ///
+    /// # Errors
+    /// As it fails; the client is told.
+    fn handle(&self, request: &Request) -> Result<Value>;
+}
+
+impl<F: Fn(&Request) -> Result<Value> + Send + Sync> Handler for F {
+    fn handle(&self, request: &Request) -> Result<Value> {
+        self(request)
+    }
+}
+
+/// How long the end waits for answers that are under way.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+/// A socket that is served until this is dropped.
+#[derive(Debug)]
+pub struct Control {
+    path: PathBuf,
+    stop: Arc<AtomicBool>,
+    /// Ends of connections, so that they can be ended.
+    clients: Arc<Mutex<Vec<UnixStream>>>,
+    /// How many there are.
+    count: Arc<AtomicUsize>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Control {
+    /// Serves commands at `path`. A socket that a dead process left there is replaced.
+    ///
+    /// # Errors
+    /// `Exists` when someone serves it, or it is no socket; as the host fails.
+    pub fn bind(path: &Path, handler: Arc<dyn Handler>) -> Result<Self> {
+        let listener = bind_private(path)?;
+        let (stop, clients) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Vec<UnixStream>>>::default());
+        let count = Arc::<AtomicUsize>::default();
+        let (for_clients, for_count) = (Arc::clone(&clients), Arc::clone(&count));
+        let accepting = Accepting { handler, stop: Arc::clone(&stop), clients: for_clients, count: for_count };
+        let thread = thread::Builder::new().name("vhd-control".into()).spawn(move || accepting.run(&listener));
+        let thread = thread.map_err(|error| Error::io(error, "can't be served").at(path))?;
+        Ok(Self { path: path.to_owned(), stop, clients, count, thread: Some(thread) })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        // Accepting ends with one more client.
+        let woken = UnixStream::connect(&self.path).is_ok();
+        let _ = std::fs::remove_file(&self.path);
+        for client in self.clients.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let _ = client.shutdown(std::net::Shutdown::Read);
+        }
+        if let Some(thread) = self.thread.take().filter(|_| woken) {
+            let _ = thread.join();
+        }
+        // Whoever asked for the end is told that it came.
+        let begin = Instant::now();
+        while self.count.load(Ordering::SeqCst) > 0 && begin.elapsed() < LAST_ANSWERS {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// A socket that nobody else may connect to, not even for a moment: it gets its name when it is closed to others.
+fn bind_private(path: &Path) -> Result<UnixListener> {
+    let failed = |error: io::Error| Error::io(error, "can't be made a control socket").at(path);
+    if let Ok(found) = std::fs::symlink_metadata(path) {
+        use std::os::unix::fs::FileTypeExt;
+        if !found.file_type().is_socket() {
+            return Err(Error::new(ErrorKind::Exists, "exists already and is no socket; give another path").at(path));
+        }
+        if UnixStream::connect(path).is_ok() {
+            return Err(Error::new(ErrorKind::Exists, "is served already; give another path").at(path));
+        }
+    }
+    let mut name = std::ffi::OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(format!(".{}", std::process::id()));
+    let passing = path.with_file_name(name);
+    let _ = std::fs::remove_file(&passing);
+    let listener = UnixListener::bind(&passing).map_err(failed)?;
+    let named = std::fs::set_permissions(&passing, Permissions::from_mode(0o600)).and_then(|()| std::fs::rename(&passing, path));
+    named.map_err(failed).inspect_err(|_| drop(std::fs::remove_file(&passing)))?;
+    Ok(listener)
+}
+
+struct Accepting {
+    handler: Arc<dyn Handler>,
+    stop: Arc<AtomicBool>,
+    clients: Arc<Mutex<Vec<UnixStream>>>,
+    count: Arc<AtomicUsize>,
+}
+
+impl Accepting {
+    fn run(&self, listener: &UnixListener) {
+        for client in listener.incoming() {
+            if self.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            match client {
+                Ok(client) => self.start(client),
+                // Out of descriptors: it will pass.
+                Err(error) => {
+                    tracing::warn!("control socket: {error}");
+                    thread::sleep(Duration::from_millis(100));
+                }
+            }
+        }
+    }
+
+    fn start(&self, mut client: UnixStream) {
+        if self.count.load(Ordering::SeqCst) >= MAX_CLIENTS {
+            let error = Error::new(ErrorKind::Refused, format!("{MAX_CLIENTS} clients are connected already; try again later"));
+            let _ = client.write_all(&line_of(&answer(Err(error))));
+            return;
+        }
+        let Ok(end) = client.try_clone() else { return };
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner).push(end);
+        self.count.fetch_add(1, Ordering::SeqCst);
+        let (handler, count, clients) = (Arc::clone(&self.handler), Arc::clone(&self.count), Arc::clone(&self.clients));
+        let served = move || {
+            if let Err(error) = serve(&client, &*handler) {
+                tracing::debug!("control client: {error}");
+            }
+            forget(&clients, &client);
+            count.fetch_sub(1, Ordering::SeqCst);
+        };
+        if let Err(error) = thread::Builder::new().name("vhd-control-client".into()).spawn(served) {
+            tracing::warn!("control socket: {error}");
+            self.count.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Drops the other handle of a connection that ended; with it, those of all that ended.
+fn forget(clients: &Mutex<Vec<UnixStream>>, client: &UnixStream) {
+    let _ = client.shutdown(std::net::Shutdown::Both);
+    let mut clients = clients.lock().unwrap_or_else(PoisonError::into_inner);
+    clients.retain(|other| other.peer_addr().is_ok());
+}
+
+fn serve(client: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
+    client.set_read_timeout(Some(IDLE))?;
+    client.set_write_timeout(Some(IDLE))?;
+    let mut reader = BufReader::new(client);
+    while let Some(line) = read_line(&mut reader)? {
+        let result = match serde_json::from_slice::<Request>(&line) {
+            Ok(request) => handler.handle(&request),
+            Err(error) => Err(Error::new(ErrorKind::InvalidInput, format!("a request is not understood: {error}"))),
+        };
+        (&*client).write_all(&line_of(&answer(result)))?;
+    }
+    Ok(())
+}
+
+/// The next line; `None` at the end.
+fn read_line(reader: &mut impl BufRead) -> io::Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    reader.take(MAX_LINE).read_until(b'\n', &mut line)?;
+    match line.pop() {
+        None => Ok(None),
+        Some(b'\n') => Ok(Some(line)),
+        Some(_) => Err(io::Error::new(io::ErrorKind::InvalidData, format!("a line has no end within {MAX_LINE} bytes"))),
+    }
+}
+
+fn answer(result: Result<Value>) -> Value {
+    match result {
+        Ok(value) => serde_json::json!({ "ok": value }),
+        Err(error) => serde_json::json!({ "error": {
+            "kind": error.kind().name(),
+            "file": error.path().map(Path::to_string_lossy),
+            "message": error.message(),
+        } }),
+    }
+}
+
+fn line_of(value: &Value) -> Vec<u8> {
+    let mut line = value.to_string().into_bytes();
+    line.push(b'\n');
+    line
+}
+
+/// Asks the service at `path`, and waits for its answer.
+///
+/// # Errors
+/// `NotFound` when nobody serves the socket; as the service says.
+pub fn call(path: &Path, request: &Request) -> Result<Value> {
+    let failed = |error: io::Error| Error::io(error, "the service can't be asked").at(path);
+    let client = UnixStream::connect(path).map_err(|error| match error.kind() {
+        io::ErrorKind::ConnectionRefused => {
+            Error::new(ErrorKind::NotFound, "nobody serves this socket any more: its process is gone").at(path)
+        }
+        _ => Error::io(error, "can't be connected to").at(path),
+    })?;
+    let request = serde_json::to_value(request).map_err(|error| failed(error.into()))?;
+    (&client).write_all(&line_of(&request)).map_err(failed)?;
+    let line = read_line(&mut BufReader::new(&client)).map_err(failed)?;
+    let gone = || Error::new(ErrorKind::Io, "the service ended before it answered").at(path);
+    let mut said: Value = serde_json::from_slice(&line.ok_or_else(gone)?).map_err(|error| failed(error.into()))?;
+    if let Some(value) = said.get_mut("ok") {
+        return Ok(value.take());
+    }
+    Err(failure(&said["error"], path))
+}
+
+/// An error as the service had it.
+fn failure(error: &Value, socket: &Path) -> Error {
+    let kind = error["kind"].as_str().and_then(ErrorKind::from_name).unwrap_or(ErrorKind::Io);
+    let message = error["message"].as_str().unwrap_or("the service did not say why");
+    let file = error["file"].as_str().map_or(socket, Path::new);
+    Error::new(kind, message).at(file)
+}
+
+/// The sockets of this user's running services, by name. Those that dead processes left are removed.
+///
+/// # Errors
+/// As the runtime folder can't be read.
+pub fn sockets() -> Result<Vec<PathBuf>> {
+    let folder = crate::runtime::folder()?;
+    let entries = std::fs::read_dir(&folder).map_err(|error| Error::io(error, "can't be listed").at(&folder))?;
+    let mut found = Vec::new();
+    for path in entries.flatten().map(|entry| entry.path()) {
+        if path.extension().is_none_or(|extension| extension != EXTENSION) {
+            continue;
+        }
+        match UnixStream::connect(&path) {
+            Ok(_) => found.push(path),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => drop(std::fs::remove_file(&path)),
+            Err(_) => {}
+        }
+    }
+    found.sort();
+    Ok(found)
+}

@@ -1,0 +1,290 @@
+//! What disks were asked for, and how long it took, in the words of Prometheus.
+
+use std::fmt::Write as _;
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+use vhd_core::block::{BlockDevice, Capabilities, Extent, ZeroMode};
+use vhd_core::{Disk, Error, ErrorKind, Result};
+
+use crate::space;
+
+type Labels = Vec<(&'static str, String)>;
+
+/// Where the buckets of latencies end, in seconds: from what memory takes to what nobody waits for.
+const BUCKETS: [f64; 12] = [5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 1e-3, 5e-3, 2.5e-2, 0.1, 0.5, 2.5];
+/// Bytes of a request for metrics at most.
+const MAX_REQUEST: usize = 8 << 10;
+/// How long who asks for metrics may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Counters of all disks of a process. A cheap clone.
+#[derive(Clone, Debug)]
+pub struct Metrics(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    registry: Mutex<Registry>,
+    requests: Family<Labels, Counter>,
+    bytes: Family<Labels, Counter>,
+    errors: Family<Labels, Counter>,
+    latency: Family<Labels, Histogram, fn() -> Histogram>,
+    size: Family<Labels, Gauge>,
+    allocated: Family<Labels, Gauge>,
+    free: Family<Labels, Gauge>,
+    disks: Mutex<Vec<(String, Disk)>>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let latency: Family<_, Histogram, fn() -> Histogram> = Family::new_with_constructor(|| Histogram::new(BUCKETS));
+        let inner = Inner {
+            registry: Mutex::new(Registry::with_prefix("vhd")),
+            requests: Family::default(),
+            bytes: Family::default(),
+            errors: Family::default(),
+            latency,
+            size: Family::default(),
+            allocated: Family::default(),
+            free: Family::default(),
+            disks: Mutex::default(),
+        };
+        let mut registry = inner.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        registry.register("requests", "Requests to a disk", inner.requests.clone());
+        registry.register_with_unit("moved", "Bytes of reads, writes and zeroes", Unit::Bytes, inner.bytes.clone());
+        registry.register("errors", "Requests that failed", inner.errors.clone());
+        registry.register_with_unit("latency", "How long the disk took", Unit::Seconds, inner.latency.clone());
+        registry.register_with_unit("size", "Size of the disk", Unit::Bytes, inner.size.clone());
+        registry.register_with_unit("allocated", "What the leaf's file takes", Unit::Bytes, inner.allocated.clone());
+        registry.register_with_unit("volume_free", "Room on the leaf's volume", Unit::Bytes, inner.free.clone());
+        drop(registry);
+        Self(Arc::new(inner))
+    }
+}
+
+impl Metrics {
+    /// A disk that counts what it is asked for, under this name.
+    #[must_use]
+    pub fn watch(&self, name: &str, disk: &Disk) -> Disk {
+        let kinds = ["read", "write", "flush", "zero"].map(|kind| {
+            let labels = vec![("disk", name.to_owned()), ("kind", kind.to_owned())];
+            Counts {
+                requests: self.0.requests.get_or_create_owned(&labels),
+                bytes: self.0.bytes.get_or_create_owned(&labels),
+                errors: self.0.errors.get_or_create_owned(&labels),
+                latency: self.0.latency.get_or_create_owned(&labels),
+            }
+        });
+        let mut disks = self.disks();
+        disks.retain(|(other, _)| other != name);
+        disks.push((name.to_owned(), disk.clone()));
+        Disk::new(Counted { disk: disk.clone(), kinds })
+    }
+
+    /// Forgets the disk of this name.
+    pub fn forget(&self, name: &str) {
+        self.disks().retain(|(other, _)| other != name);
+        for kind in ["read", "write", "flush", "zero"] {
+            let labels = vec![("disk", name.to_owned()), ("kind", kind.to_owned())];
+            self.0.requests.remove(&labels);
+            self.0.bytes.remove(&labels);
+            self.0.errors.remove(&labels);
+            self.0.latency.remove(&labels);
+        }
+        let labels = vec![("disk", name.to_owned())];
+        self.0.size.remove(&labels);
+        self.0.allocated.remove(&labels);
+        self.0.free.remove(&labels);
+    }
+
+    /// For counters of a service's own: they get the prefix `vhd`.
+    pub fn register(&self, add: impl FnOnce(&mut Registry)) {
+        add(&mut self.0.registry.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// All counters as text, in the format that Prometheus reads.
+    #[must_use]
+    pub fn to_text(&self) -> String {
+        for (name, disk) in &*self.disks() {
+            self.look_at(name, disk);
+        }
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let _ = encode(&mut text, &self.0.registry.lock().unwrap_or_else(PoisonError::into_inner));
+        text
+    }
+
+    fn look_at(&self, name: &str, disk: &Disk) {
+        let labels = vec![("disk", name.to_owned())];
+        let set = |family: &Family<Labels, Gauge>, value: u64| {
+            family.get_or_create(&labels).set(i64::try_from(value).unwrap_or(i64::MAX));
+        };
+        // As it is now: a handle's own size is that of the moment when it was made.
+        let now: &dyn BlockDevice = &**disk;
+        set(&self.0.size, now.capabilities().size);
+        let Some(leaf) = disk.layer_path(0) else { return };
+        if let Ok(found) = leaf.metadata() {
+            set(&self.0.allocated, found.blocks() * 512);
+        }
+        if let Ok(space) = space::of(&leaf) {
+            set(&self.0.free, space.free);
+        }
+    }
+
+    fn disks(&self) -> std::sync::MutexGuard<'_, Vec<(String, Disk)>> {
+        self.0.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers `GET /metrics` over HTTP, until the process ends. Returns where: port 0 becomes a free one.
+    ///
+    /// # Errors
+    /// As the address can't be listened on.
+    pub fn serve(&self, address: SocketAddr) -> Result<SocketAddr> {
+        let failed = |error| Error::io(error, format!("can't serve metrics on {address}"));
+        let listener = TcpListener::bind(address).map_err(failed)?;
+        let bound = listener.local_addr().map_err(failed)?;
+        let metrics = self.clone();
+        let serving = move || {
+            for client in listener.incoming() {
+                let answered = client.and_then(|client| {
+                    client.set_read_timeout(Some(PATIENCE))?;
+                    client.set_write_timeout(Some(PATIENCE))?;
+                    metrics.answer(&client)
+                });
+                if let Err(error) = answered {
+                    tracing::debug!("metrics: {error}");
+                }
+            }
+        };
+        thread::Builder::new().name("vhd-metrics".into()).spawn(serving).map_err(failed)?;
+        Ok(bound)
+    }
+
+    /// One request, one answer, the end: those who scrape come every few seconds.
+    fn answer(&self, mut client: impl Read + Write) -> io::Result<()> {
+        let mut request = Vec::new();
+        let mut part = [0; 1024];
+        let began = Instant::now();
+        while !request.windows(4).any(|end| end == b"\r\n\r\n") {
+            let count = client.read(&mut part)?;
+            if count == 0 || request.len() > MAX_REQUEST || began.elapsed() > PATIENCE {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "a request has no end"));
+            }
+            request.extend_from_slice(&part[..count]);
+        }
+        let (status, text) = match request.as_slice() {
+            [b'G', b'E', b'T', b' ', b'/', rest @ ..] if rest.starts_with(b"metrics ") || rest.starts_with(b" ") => {
+                ("200 OK", self.to_text())
+            }
+            _ => ("404 Not Found", "metrics are at /metrics\n".to_owned()),
+        };
+        let mut answer = String::new();
+        let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+        let _ = write!(answer, "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n", text.len());
+        answer.push_str("Connection: close\r\n\r\n");
+        client.write_all(answer.as_bytes())?;
+        client.write_all(text.as_bytes())
+    }
+}
+
+struct Counts {
+    requests: Counter<u64, AtomicU64>,
+    bytes: Counter<u64, AtomicU64>,
+    errors: Counter<u64, AtomicU64>,
+    latency: Histogram,
+}
+
+impl Counts {
+    fn time<T>(&self, bytes: u64, request: impl FnOnce() -> Result<T>) -> Result<T> {
+        let began = Instant::now();
+        let result = request();
+        self.latency.observe(began.elapsed().as_secs_f64());
+        self.requests.inc();
+        match &result {
+            Ok(_) => self.bytes.inc_by(bytes),
+            Err(_) => self.errors.inc(),
+        };
+        result
+    }
+}
+
+/// A disk that counts.
+struct Counted {
+    disk: Disk,
+    kinds: [Counts; 4],
+}
+
+impl Counted {
+    fn of(&self, kind: Kind) -> &Counts {
+        &self.kinds[kind as usize]
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Read,
+    Write,
+    Flush,
+    Zero,
+}
+
+impl BlockDevice for Counted {
+    fn capabilities(&self) -> Capabilities {
+        let device: &dyn BlockDevice = &*self.disk;
+        device.capabilities()
+    }
+
+    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
+        let bytes = bufs.iter().map(|buf| buf.len() as u64).sum();
+        self.of(Kind::Read).time(bytes, || self.disk.read_vectored_at(bufs, offset))
+    }
+
+    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {
+        let bytes = bufs.iter().map(|buf| buf.len() as u64).sum();
+        self.of(Kind::Write).time(bytes, || self.disk.write_vectored_at(bufs, offset))
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.of(Kind::Flush).time(0, || self.disk.flush())
+    }
+
+    fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Result<()> {
+        let bytes = range.end.saturating_sub(range.start);
+        self.of(Kind::Zero).time(bytes, || self.disk.zero(range, mode))
+    }
+
+    fn extents(&self, range: Range<u64>, visit: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
+        self.disk.extents(range, visit)
+    }
+
+    fn layer_path(&self, depth: usize) -> Option<PathBuf> {
+        self.disk.layer_path(depth)
+    }
+
+    fn close(&self) -> Result<()> {
+        self.disk.close()
+    }
+}
+
+/// The address that `--metrics` names: `HOST:PORT`.
+///
+/// # Errors
+/// `InvalidInput` when it is none.
+pub fn address(text: &str) -> Result<SocketAddr> {
+    use std::net::ToSocketAddrs;
+    let found = text.to_socket_addrs().ok().and_then(|mut found| found.next());
+    found.ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("{text:?} is no address, expected HOST:PORT")))
+}

@@ -1,0 +1,245 @@
+//! The test guest: speaks on the serial port and drives virtio disks, from ring 3, where a software KVM is fast.
+//!
+//! Its command line says what to do: `do=WHAT` and numbers. What it finds it prints; at the end it turns the machine off.
+
+#![no_std]
+#![no_main]
+#![allow(missing_docs, static_mut_refs, unsafe_op_in_unsafe_fn, reason = "a program for bare metal, with one thread")]
+
+mod disk;
+
+use core::arch::{asm, global_asm};
+use core::fmt::{self, Write};
+
+use disk::Disk;
+
+global_asm!(include_str!("start.s"), options(att_syntax));
+
+unsafe extern "C" {
+    static zero_page: u64;
+}
+
+pub fn out8(port: u16, value: u8) {
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nostack)) }
+}
+
+pub fn in8(port: u16) -> u8 {
+    let value: u8;
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nostack)) }
+    value
+}
+
+pub struct Serial;
+
+impl Write for Serial {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for byte in text.bytes() {
+            out8(0x3F8, byte);
+        }
+        Ok(())
+    }
+}
+
+#[macro_export]
+macro_rules! say {
+    ($($arg:tt)*) => {{ let _ = core::fmt::Write::write_fmt(&mut $crate::Serial, format_args!("{}\n", format_args!($($arg)*))); }};
+}
+
+#[panic_handler]
+fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
+    say!("PANIC {}", info);
+    off()
+}
+
+pub fn off() -> ! {
+    loop {
+        out8(0x600, 5 << 2 | 1 << 5);
+    }
+}
+
+fn command_line() -> &'static str {
+    unsafe {
+        let address = *((zero_page + 0x228) as *const u32) as *const u8;
+        let mut len = 0;
+        while *address.add(len) != 0 {
+            len += 1;
+        }
+        core::str::from_utf8_unchecked(core::slice::from_raw_parts(address, len))
+    }
+}
+
+/// The value of `name=value`.
+pub fn word(name: &str) -> Option<&'static str> {
+    command_line().split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+}
+
+pub fn number(name: &str, usual: u64) -> u64 {
+    word(name).and_then(|text| text.parse().ok()).unwrap_or(usual)
+}
+
+pub fn wait_for_byte() -> u8 {
+    while in8(0x3FD) & 1 == 0 {}
+    in8(0x3F8)
+}
+
+/// Fills a sector so that each byte depends on where and when it was written.
+pub fn pattern(buffer: &mut [u64], sector: u64, round: u64) {
+    let mut state = sector.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ round.wrapping_mul(0xD1B5_4A32_D192_ED03) ^ 0xABCD;
+    for word in buffer {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        *word = state;
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn main() -> ! {
+    say!("guest: {}", command_line());
+    match word("do") {
+        Some("hello") => {}
+        Some("echo") => loop {
+            let byte = wait_for_byte();
+            if byte == b'q' {
+                break;
+            }
+            out8(0x3F8, byte.wrapping_add(1));
+        },
+        Some("clock") => {
+            let read = |register| {
+                out8(0x70, register);
+                in8(0x71)
+            };
+            say!("year {:x}{:02x}", read(0x32), read(9));
+        }
+        Some("reset") => out8(0x64, 0xFE),
+        Some("fault") => unsafe { asm!("ud2") },
+        Some("spin") => loop {
+            core::hint::spin_loop();
+        },
+        Some("verify") => verify(),
+        Some("fill") => fill(),
+        Some("pair") => pair(),
+        Some("errors") => errors(),
+        Some("break") => break_it(),
+        other => say!("what is {:?}?", other),
+    }
+    say!("guest: done");
+    off()
+}
+
+fn disks() -> impl Iterator<Item = Disk> {
+    (0..number("disks", 1)).map(|index| Disk::open(index, number("queues", 1) as u16))
+}
+
+/// Writes rounds of patterns to places all over each disk, and reads them back, on all queues in turn.
+fn verify() {
+    let rounds = number("rounds", 2);
+    for mut disk in disks() {
+        let places = number("places", 64);
+        let step = disk.sectors / places;
+        for round in 0..rounds {
+            for place in 0..places {
+                let queue = (place % u64::from(disk.queues)) as usize;
+                pattern(disk.data(8), place * step, round);
+                expect(disk.write(queue, place * step, 8), 0, "write");
+                if place % 16 == 0 {
+                    expect(disk.flush(queue), 0, "flush");
+                }
+            }
+            for place in 0..places {
+                let queue = ((place + 1) % u64::from(disk.queues)) as usize;
+                expect(disk.read(queue, place * step, 8), 0, "read");
+                check(&mut disk, place * step, round);
+            }
+        }
+        expect(disk.zero(0, 0, 8, true), 0, "discard");
+        expect(disk.read(0, 0, 8), 0, "read");
+        if disk.data(8).iter().any(|word| *word != 0) {
+            say!("WRONG: what was discarded is not zero");
+        }
+        expect(disk.flush(0), 0, "flush");
+        say!("disk of {} sectors: {} rounds are right", disk.sectors, rounds);
+    }
+}
+
+fn check(disk: &mut Disk, sector: u64, round: u64) {
+    let mut wanted = [0; 512];
+    pattern(&mut wanted, sector, round);
+    if *disk.data(8) != wanted {
+        say!("WRONG: sector {} in round {}", sector, round);
+    }
+}
+
+fn expect(status: u8, wanted: u8, what: &str) {
+    if status != wanted {
+        say!("WRONG: {} answered {}, not {}", what, status, wanted);
+    }
+}
+
+/// Writes the disk from its start, a flush after each write, and says how far it is; then reads all of it.
+fn fill() {
+    let sectors = number("sectors", 1024);
+    for mut disk in disks() {
+        let mut failed = 0;
+        for sector in (0..sectors).step_by(8) {
+            pattern(disk.data(8), sector, 0);
+            failed += u64::from(disk.write(0, sector, 8) != 0);
+            failed += u64::from(disk.flush(0) != 0);
+            if sector % 64 == 0 {
+                say!("flushed {}", sector + 8);
+            }
+        }
+        for sector in (0..sectors).step_by(8) {
+            expect(disk.read(0, sector, 8), 0, "read");
+            if failed == 0 {
+                check(&mut disk, sector, 0);
+            }
+        }
+        say!("filled {}, {} failed", sectors, failed);
+    }
+}
+
+/// Writes the same number to two disks for ever, the first one first.
+fn pair() {
+    let mut first = Disk::open(0, 1);
+    let mut second = Disk::open(1, 1);
+    for count in 1_u64.. {
+        for disk in [&mut first, &mut second] {
+            disk.data(1)[0] = count;
+            expect(disk.write(0, 0, 1), 0, "write");
+            expect(disk.flush(0), 0, "flush");
+        }
+        if count % 16 == 0 {
+            say!("count {}", count);
+        }
+    }
+}
+
+/// What can't be done is answered so.
+fn errors() {
+    let mut disk = Disk::open(0, 1);
+    let sectors = disk.sectors;
+    expect(disk.read(0, sectors, 1), 1, "a read past the end");
+    expect(disk.write(0, sectors - 1, 2), 1, "a write past the end");
+    expect(disk.request(0, 99, 0, 0, false), 2, "a request that is none");
+    expect(disk.read(0, 0, 1), 0, "read");
+    say!("errors are right");
+}
+
+/// A ring that makes no sense: the device says that it needs a reset, and works after one.
+fn break_it() {
+    let mut disk = Disk::open(0, 1);
+    disk.break_ring();
+    let mut waited = 0_u64;
+    while disk.status() & 64 == 0 {
+        waited += 1;
+        if waited > 1 << 24 {
+            say!("WRONG: the device did not fail");
+            return;
+        }
+    }
+    let mut disk = Disk::open(0, 1);
+    expect(disk.read(0, 0, 1), 0, "read");
+    say!("the device failed and works again");
+}

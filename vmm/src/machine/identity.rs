@@ -1,0 +1,62 @@
+//! Which disks a saved guest belongs to: by what they are, not by their paths.
+
+use std::time::UNIX_EPOCH;
+
+use crc::{CRC_32_ISO_HDLC, Crc};
+use vhd_core::format::DiskType;
+use vhd_core::storage::{FileStorage, Storage};
+use vhd_core::{Error, ErrorKind};
+
+use super::MachineDisk;
+use crate::saved::DiskIdentity;
+
+/// Bytes at the start of a leaf that hold its footer's copy, its header and most of its BAT.
+const METADATA: u64 = 4 << 20;
+
+/// Makes everything durable that was written, and tells what each disk is then.
+pub fn settle(disks: &[MachineDisk]) -> Result<Vec<DiskIdentity>, Error> {
+    disks.iter().map(identity_of).collect()
+}
+
+fn identity_of(disk: &MachineDisk) -> Result<DiskIdentity, Error> {
+    let handle = disk.live.disk();
+    handle.close()?;
+    let leaf = disk.live.leaf();
+    let footer = disk.live.with_chain(|chain| Ok(chain.layers()[0].image().map(|image| image.footer().clone())))?;
+    let failed = |error| Error::io(error, "can't be examined").at(&leaf);
+    let found = leaf.metadata().map_err(failed)?;
+    let modified = found.modified().map_err(failed)?.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+    // A fixed disk has no metadata at its start; its footer is where the file ends.
+    let is_sparse = footer.as_ref().is_some_and(|footer| footer.disk_type() != DiskType::Fixed);
+    let end = found.len();
+    let range = if is_sparse { 0..METADATA.min(end) } else { end.saturating_sub(512)..end };
+    let mut bytes = vec![0; (range.end - range.start) as usize];
+    FileStorage::open(&leaf, false)?.read_at(&mut bytes, range.start).map_err(failed)?;
+    Ok(DiskIdentity {
+        uuid: footer.map_or([0; 16], |footer| footer.uuid()),
+        size: handle.size(),
+        metadata: Crc::<u32>::new(&CRC_32_ISO_HDLC).checksum(&bytes),
+        file_size: end,
+        modified,
+    })
+}
+
+/// Refuses disks that are not those that the guest was saved with, as they were.
+pub fn check(saved: &[DiskIdentity], here: &[DiskIdentity], disks: &[MachineDisk]) -> Result<(), Error> {
+    if saved.len() != here.len() {
+        let message = format!("the guest was saved with {} disks, and here are {}", saved.len(), here.len());
+        return Err(Error::new(ErrorKind::Refused, message));
+    }
+    for ((was, is), disk) in saved.iter().zip(here).zip(disks) {
+        let what = if was.uuid != is.uuid || was.size != is.size {
+            "is another disk than the one that the guest was saved with"
+        } else if was != is {
+            "was changed since the guest was saved"
+        } else {
+            continue;
+        };
+        let message = format!("{what}: going on would destroy what is on it; discard the saved state, or bring the disk back");
+        return Err(Error::new(ErrorKind::Refused, message).at(&disk.live.leaf()));
+    }
+    Ok(())
+}

@@ -1,0 +1,177 @@
+//! Goal: a guest that is saved in the middle of its work goes on elsewhere as if nothing had happened, and nothing else
+//! is ever gone on from.
+//!
+//! Method: the test guest writes, flushes and verifies patterns; it is saved on the way, its machine is thrown away, and
+//! another one goes on from the file. The file is cut and changed at each sort of byte; a disk is changed or exchanged.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test that can't go on fails here")]
+
+mod support;
+
+use std::fs;
+use std::path::Path;
+
+use vhd_core::ErrorKind;
+use vhd_testkit::fixture::Kind;
+use vhd_vmm::machine::{Command, Definition, State};
+use vhd_vmm::virtio::block::BlockOptions;
+
+use support::{PATIENCE, attached, definition, kvm, machine, make_disk, open};
+
+fn definition_in(folder: &Path, command_line: &str, image: &Path) -> Definition {
+    let disks = vec![attached(image, BlockOptions::default())];
+    Definition { state_file: Some(folder.join("guest.vsv")), ..definition(command_line, disks) }
+}
+
+/// Saves a guest in the middle of filling its disk. Returns what it said.
+fn save_in_the_middle(folder: &Path, image: &Path, after: usize) -> String {
+    let (machine, said, events) = machine(definition_in(folder, "do=fill sectors=4096", image));
+    let events = events.subscribe();
+    machine.command(Command::Start).unwrap();
+    said.wait_for("flushed", after);
+    machine.command(Command::Save).unwrap();
+    assert_eq!(machine.state(), State::Saved);
+    assert_eq!(events.try_iter().last().unwrap().kind, "saved");
+    said.text()
+}
+
+#[test]
+fn a_guest_goes_on_in_another_machine_from_where_it_was_saved() {
+    if !kvm() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let image = make_disk(folder, "disk", Kind::Differencing, 8 << 20);
+    let mut told = save_in_the_middle(folder, &image, 3);
+    let size = folder.join("guest.vsv").metadata().unwrap().len();
+    assert!(size < 2 << 20, "pages of zeros are in the file: {size} bytes");
+    // Several times, with each a new machine.
+    for _ in 0..3 {
+        let (machine, said, _) = machine(definition_in(folder, "do=fill sectors=4096", &image));
+        assert_eq!(machine.state(), State::Saved);
+        assert_eq!(machine.command(Command::Start).unwrap_err().kind(), ErrorKind::Refused);
+        machine.command(Command::Restore).unwrap();
+        said.wait_for("flushed", 2);
+        machine.command(Command::Save).unwrap();
+        told += &said.text();
+    }
+    let (machine, said, _) = machine(definition_in(folder, "do=fill sectors=4096", &image));
+    machine.command(Command::Restore).unwrap();
+    assert!(!folder.join("guest.vsv").exists(), "a guest goes on once");
+    assert_eq!(machine.wait(PATIENCE, |state| *state != State::Running), State::Off);
+    told += &said.text();
+    assert!(told.starts_with("guest: do=fill") && told.ends_with("filled 4096, 0 failed\nguest: done\n"), "{told}");
+    assert!(!told.contains("WRONG"), "{told}");
+    // Nothing was said twice or never.
+    let flushed: Vec<_> = told.lines().filter(|line| line.starts_with("flushed")).map(str::to_owned).collect();
+    let wanted: Vec<_> = (0..4096).step_by(64).map(|sector| format!("flushed {}", sector + 8)).collect();
+    assert_eq!(flushed, wanted);
+}
+
+#[test]
+fn a_file_that_is_cut_or_changed_is_refused() {
+    if !kvm() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let image = make_disk(folder, "disk", Kind::Dynamic, 8 << 20);
+    save_in_the_middle(folder, &image, 2);
+    let file = folder.join("guest.vsv");
+    let sound = fs::read(&file).unwrap();
+    let (machine, _, _) = machine(definition_in(folder, "do=fill sectors=4096", &image));
+    let refuse = |bytes: &[u8], what: &str| {
+        fs::write(&file, bytes).unwrap();
+        let error = machine.command(Command::Restore).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported), "{what}: {error}");
+        assert!(error.to_string().contains("guest.vsv: "), "{what}: {error}");
+        assert_eq!(machine.state(), State::Saved, "{what}");
+    };
+    let state_end = 12 + 16 + u64::from_le_bytes(sound[16..24].try_into().unwrap()) as usize;
+    // The magic number, the version, a tag, a length, a CRC, the state, a piece of memory, the end.
+    for at in [
+        0,
+        7,
+        8,
+        12,
+        16,
+        23,
+        24,
+        28,
+        100,
+        state_end - 1,
+        state_end,
+        state_end + 4,
+        state_end + 30,
+        sound.len() / 2,
+        sound.len() - 1,
+    ] {
+        let mut changed = sound.clone();
+        changed[at] ^= 0x41;
+        refuse(&changed, &format!("byte {at} changed"));
+    }
+    for len in [0, 5, 12, 20, 28, 100, state_end, state_end + 16, sound.len() - 24, sound.len() - 1] {
+        refuse(&sound[..len], &format!("cut to {len}"));
+    }
+    refuse(&[&sound[..], &[0]].concat(), "a byte more");
+    fs::write(&file, &sound).unwrap();
+    machine.command(Command::Restore).unwrap();
+    assert_eq!(machine.wait(PATIENCE, |state| *state != State::Running), State::Off);
+}
+
+#[test]
+fn a_disk_that_was_changed_or_exchanged_is_refused() {
+    if !kvm() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let image = make_disk(folder, "disk", Kind::Dynamic, 8 << 20);
+    save_in_the_middle(folder, &image, 2);
+    let restore = |image: &Path| {
+        let (machine, _, _) = machine(definition_in(folder, "do=fill sectors=4096", image));
+        let error = machine.command(Command::Restore).unwrap_err();
+        assert_eq!((error.kind(), machine.state()), (ErrorKind::Refused, State::Saved), "{error}");
+        error.to_string()
+    };
+    let copy = folder.join("copy.vhd");
+    fs::copy(&image, &copy).unwrap();
+    let other = make_disk(folder, "other", Kind::Dynamic, 8 << 20);
+    assert!(restore(&other).contains("other.vhd: is another disk"));
+    let disk = open(&image).disk();
+    disk.write_at(&[1; 512], 0).unwrap();
+    disk.close().unwrap();
+    drop(disk);
+    assert!(restore(&image).contains("disk.vhd: was changed"));
+    // What can't be gone on from can be forgotten.
+    let (machine, _, _) = machine(definition_in(folder, "do=hello", &image));
+    machine.command(Command::DiscardState).unwrap();
+    assert_eq!(machine.state(), State::Off);
+    machine.command(Command::Start).unwrap();
+    assert_eq!(machine.wait(PATIENCE, |state| *state != State::Running), State::Off);
+}
+
+#[test]
+fn a_paused_guest_may_be_saved_and_one_without_a_place_may_not() {
+    if !kvm() {
+        return;
+    }
+    let (machine, said, _) = machine(definition("do=spin", vec![]));
+    machine.command(Command::Start).unwrap();
+    said.wait_for("do=spin", 1);
+    assert_eq!(machine.command(Command::Save).unwrap_err().kind(), ErrorKind::InvalidInput);
+    assert_eq!(machine.state(), State::Running);
+    machine.command(Command::Off).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let place = Some(folder.path().join("guest.vsv"));
+    let (machine, said, _) = support::machine(Definition { state_file: place, ..definition("do=echo", vec![]) });
+    machine.command(Command::Start).unwrap();
+    said.wait_for("do=echo", 1);
+    machine.command(Command::Pause).unwrap();
+    machine.command(Command::Save).unwrap();
+    machine.command(Command::Restore).unwrap();
+    machine.input(b"HAL");
+    said.wait_for("IBM", 1);
+    machine.command(Command::Off).unwrap();
+}

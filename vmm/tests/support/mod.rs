@@ -1,0 +1,135 @@
+//! The test guest, built when it is first needed, and machines that run it.
+
+#![allow(dead_code, missing_docs, reason = "each test program uses a part")]
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use vhd_core::LiveDisk;
+use vhd_core::chain::{ChainOptions, ChildOptions, create_child};
+use vhd_core::image::OpenOptions;
+use vhd_service::events::Events;
+use vhd_testkit::fixture::{FixtureSpec, Kind, Layout};
+use vhd_vmm::loader::Boot;
+use vhd_vmm::machine::{Definition, Machine, MachineDisk, SharedConsole, State};
+use vhd_vmm::virtio::block::BlockOptions;
+
+/// Nothing takes longer, even on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Whether machines can run here. Where `CI=true` they must.
+pub fn kvm() -> bool {
+    let found = std::fs::File::options().read(true).write(true).open("/dev/kvm");
+    if let Err(error) = &found {
+        assert!(std::env::var("CI").as_deref() != Ok("true"), "/dev/kvm: {error}");
+        let _ = writeln!(io::stderr(), "SKIPPED: /dev/kvm can't be opened: {error}");
+    }
+    found.is_ok()
+}
+
+/// The test guest: an ELF file.
+pub fn guest() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/main.rs");
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        // Each test program builds its own, so that none waits for another: a second or two.
+        let name = std::env::current_exe().unwrap().file_name().unwrap().to_string_lossy().into_owned();
+        let (passing, built) = (folder.join(format!("guest-{}", std::process::id())), folder.join(format!("guest-of-{name}")));
+        let link = "-nostartfiles -nostdlib -static -no-pie -Wl,--image-base=0x200000,-e,_start,--build-id=none";
+        let output = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
+            .args(["--edition", "2024", "--crate-type", "bin", "-C", "panic=abort", "-C", "opt-level=2"])
+            .args(["-C", "relocation-model=static", "-C", &format!("link-args={link}"), "-o"])
+            .arg(&passing)
+            .arg(&source)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        std::fs::rename(&passing, &built).unwrap();
+        built
+    })
+}
+
+/// What a guest has said.
+#[derive(Clone, Default)]
+pub struct Said(Arc<(Mutex<Vec<u8>>, Condvar)>);
+
+impl Write for Said {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.0.lock().unwrap().extend_from_slice(bytes);
+        self.0.1.notify_all();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Said {
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.0.lock().unwrap()).into_owned()
+    }
+
+    /// Waits until the guest has said this, `times` times.
+    pub fn wait_for(&self, what: &str, times: usize) {
+        let begin = Instant::now();
+        let mut said = self.0.0.lock().unwrap();
+        while String::from_utf8_lossy(&said).matches(what).count() < times {
+            assert!(begin.elapsed() < PATIENCE, "{what:?} was not said: {}", String::from_utf8_lossy(&said));
+            said = self.0.1.wait_timeout(said, Duration::from_millis(200)).unwrap().0;
+        }
+    }
+}
+
+/// The sorts of disks that machines are tried on.
+pub const KINDS: [Kind; 3] = [Kind::Fixed, Kind::Dynamic, Kind::Differencing];
+
+/// Makes a disk of this sort in a folder. Returns its file.
+pub fn make_disk(folder: &Path, name: &str, kind: Kind, size: u64) -> PathBuf {
+    let path = folder.join(format!("{name}.vhd"));
+    let own = if kind == Kind::Differencing { Kind::Dynamic } else { kind };
+    let base = if kind == Kind::Differencing { folder.join(format!("{name}-base.vhd")) } else { path.clone() };
+    let uuid = uuid::Uuid::new_v4().into_bytes();
+    FixtureSpec { uuid, ..FixtureSpec::new(own, Layout::Windows8, size) }.write_to(&base).unwrap();
+    if kind == Kind::Differencing {
+        let options = ChildOptions::new(uuid::Uuid::new_v4().into_bytes());
+        create_child(&path, &base, &options, &ChainOptions::default()).unwrap();
+    }
+    path
+}
+
+pub fn open(path: &Path) -> LiveDisk {
+    let image = OpenOptions { writable: true, ..OpenOptions::default() };
+    LiveDisk::open(path, &ChainOptions { image, ..ChainOptions::default() }).unwrap()
+}
+
+pub fn attached(path: &Path, options: BlockOptions) -> MachineDisk {
+    MachineDisk { live: open(path), options }
+}
+
+pub fn definition(command_line: &str, disks: Vec<MachineDisk>) -> Definition {
+    let boot = Boot { kernel: guest().to_owned(), initrd: None, command_line: command_line.to_owned() };
+    Definition { name: "tested".into(), cpus: 1, memory: 16 << 20, boot, disks, low_space: 0, state_file: None }
+}
+
+/// A machine that is off, and what it says.
+pub fn machine(definition: Definition) -> (Machine, Said, Events) {
+    let (said, events) = (Said::default(), Events::default());
+    let machine = Machine::new(definition, SharedConsole::new(said.clone()), events.clone()).unwrap();
+    (machine, said, events)
+}
+
+/// Runs a machine until it is off. Returns what it said, in which nothing is wrong.
+pub fn run(definition: Definition) -> String {
+    let (machine, said, _) = machine(definition);
+    machine.command(vhd_vmm::machine::Command::Start).unwrap();
+    let state = machine.wait(PATIENCE, |state| *state != State::Running);
+    let text = said.text();
+    assert_eq!(state, State::Off, "{text}");
+    assert!(text.ends_with("guest: done\n") && !text.contains("WRONG") && !text.contains("PANIC"), "{text}");
+    text
+}
