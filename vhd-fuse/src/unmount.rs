@@ -18,6 +18,9 @@ use crate::{DISK_FILE, SUBTYPE, inside, mountinfo};
 /// A server that closes its image for longer than this is worth a word.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// The kernel lets go of a loop device's file a little after `losetup --detach` or `umount` returned.
+const LETTING_GO: Duration = Duration::from_secs(2);
+
 /// A server that says nothing for so long has stopped, or its host has.
 const ANSWER: Duration = Duration::from_secs(10);
 
@@ -184,8 +187,20 @@ pub(crate) enum Detach {
 }
 
 /// Takes a mount away from its place: by itself where the process may, else with the helper for ordinary users.
-/// `Refused` when it is in use.
+/// `Refused` when it is in use, and stays so for a moment.
 pub(crate) fn detach(target: &Path, how: Detach) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        match detach_once(target, how) {
+            Err(error) if error.kind() == ErrorKind::Refused && began.elapsed() < LETTING_GO => {
+                thread::sleep(Duration::from_millis(20));
+            }
+            done => return done,
+        }
+    }
+}
+
+fn detach_once(target: &Path, how: Detach) -> Result<()> {
     let flags = MntFlags::UMOUNT_NOFOLLOW | if how == Detach::Lazily { MntFlags::MNT_DETACH } else { MntFlags::empty() };
     match umount2(target, flags) {
         Ok(()) => Ok(()),
