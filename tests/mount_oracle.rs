@@ -119,7 +119,13 @@ fn fio_finds_what_it_wrote_by_every_engine() {
     ];
     for engine in engines {
         let job = ["--name=v", &file, "--size=16M", "--rw=randwrite", "--bsrange=4k-64k", "--verify=crc32c", "--verify_fatal=1"];
-        let jobs = ["--offset_increment=20M", "--do_verify=1", "--output-format=terse", "--allow_file_create=0"];
+        let jobs = [
+            "--offset_increment=20M",
+            "--do_verify=1",
+            "--output-format=terse",
+            "--allow_file_create=0",
+            "--verify_state_save=0",
+        ];
         run("fio", &[&job, &jobs[..], engine].concat());
     }
     done(folder, "unmount disk");
