@@ -28,8 +28,9 @@ mod view;
 pub use contents::{Contents, PROBLEMS_FILE};
 pub use mounted::{Mounted, mount};
 pub use options::MountOptions;
+pub use server::Server;
 pub use signals::StopSignals;
-pub use unmount::{Unmounted, image_at, unmount};
+pub use unmount::{Told, Unmounted, image_at, unmount};
 
 /// The file that is the whole disk.
 pub const DISK_FILE: &str = "disk.raw";
