@@ -160,7 +160,11 @@ impl MountArgs {
         let name = file_with(&table, wanted)?;
         let hidden = runtime::folder()?.join(format!("fs-{}", std::process::id()));
         std::fs::create_dir(&hidden).map_err(|error| Error::io(error, "can't be made to mount on").at(&hidden))?;
-        let mounted = vhd_fuse::mount(Contents::from(disk.clone()).with_partitions(&table), &hidden, &wanted.options);
+        let mut options = wanted.options.clone();
+        // A set-uid helper, as Debian's ntfs-3g is, is root to FUSE, which is another user. No more of them come this far: the
+        // folder above is closed.
+        options.allow_other |= !nix::unistd::geteuid().is_root() && vhd_fuse::users_may_allow_other();
+        let mounted = vhd_fuse::mount(Contents::from(disk.clone()).with_partitions(&table), &hidden, &options);
         let result = mounted.and_then(|mut mounted| {
             match mounted.mount_inside(&name, &self.target, &wanted.inside, wanted.options.read_only) {
                 Ok(by) => Ok((mounted, Some(by))),
