@@ -102,8 +102,13 @@ fn by_kernel(file: &Path, at: &Path, kind: &str, options: &[String], read_only: 
 /// What a program printed; or why it failed, in one line.
 fn run(command: &mut Command) -> std::result::Result<String, String> {
     // mount(8) gives its helpers no path at all, and losetup and the like are not on every user's.
-    let path = std::env::var("PATH").unwrap_or_default();
-    let output = command.env("PATH", format!("{path}:/usr/sbin:/usr/bin:/sbin:/bin")).env("LC_ALL", "C").output();
+    const SYSTEM: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+    let path = match std::env::var("PATH") {
+        // Nothing before a colon would be the current folder.
+        Ok(path) if !path.is_empty() => format!("{path}:{SYSTEM}"),
+        _ => SYSTEM.to_owned(),
+    };
+    let output = command.env("PATH", path).env("LC_ALL", "C").output();
     let output = output.map_err(|error| format!("{}: {error}", command.get_program().to_string_lossy()))?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned());
