@@ -62,7 +62,8 @@ impl Context {
     pub fn new(global: &GlobalArgs) -> Self {
         let level = match (global.quiet, global.verbose) {
             (true, _) => "error",
-            (_, 0) => "warn",
+            // fuser warns of whatever a program tries that a disk's files have not, such as poll(2), which io_uring tries.
+            (_, 0) => "warn,fuser=error",
             (_, 1) => "info",
             _ => "debug",
         };

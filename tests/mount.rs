@@ -219,6 +219,52 @@ fn umount_ends_a_server_in_the_foreground() {
 }
 
 #[test]
+fn a_server_says_nothing_of_what_programs_try_in_vain() {
+    let Some(place) = Place::new() else { return };
+    let log = place.path("log");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhd"));
+    command.args(["mount", place.image(), place.target(), "--foreground"]).stderr(File::create(&log).unwrap());
+    let mut server = command.env_remove("VHD_LOG").spawn().unwrap();
+    wait_until("the mount is there", || place.file().exists());
+    let script = r#"
+import os, select, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+p = select.poll(); p.register(fd)
+assert p.poll(0) == [(fd, select.POLLIN | select.POLLOUT)]
+try: os.setxattr(fd, "user.x", b"1"); raise SystemExit("an attribute was set")
+except OSError: pass
+assert os.copy_file_range(fd, fd, 4096, 0, 1 << 20) == 4096
+"#;
+    assert!(Command::new("python3").arg("-c").arg(script).arg(place.file()).status().unwrap().success());
+    success(vhd(&["unmount", place.target()]));
+    assert!(server.wait().unwrap().success());
+    assert_eq!(fs::read_to_string(log).unwrap(), "");
+}
+
+#[test]
+fn a_mount_outlives_the_terminal_that_it_was_made_in() {
+    let Some(place) = Place::new() else { return };
+    // The terminal's first process is the command itself: when it ends, whoever belongs to the terminal is hung up on.
+    let script = r#"
+import os, pty, sys
+pid, terminal = pty.fork()
+if pid == 0: os.execv(sys.argv[1], sys.argv[1:])
+try:
+    while os.read(terminal, 1000): pass
+except OSError: pass
+status = os.waitpid(pid, 0)[1]
+os.close(terminal)
+sys.exit(status != 0)
+"#;
+    let mut command = Command::new("python3");
+    command.args(["-c", script, env!("CARGO_BIN_EXE_vhd"), "mount", place.image(), place.target()]);
+    assert!(command.status().unwrap().success());
+    place.open().write_all_at(b"outlived", 0).unwrap();
+    success(vhd(&["unmount", place.target()]));
+    assert_eq!(place.in_image(0, 8), b"outlived");
+}
+
+#[test]
 fn a_mount_in_use_stays() {
     let Some(place) = Place::new() else { return };
     success(vhd(&["mount", place.image(), place.target()]));

@@ -142,5 +142,9 @@ fn list(answer: &Value) -> String {
         let (peer, export) = (text(client, "peer"), text(client, "export"));
         out.push_str(&format!("client {}  {peer}  {export}  {} requests\n", client["id"], client["requests"]));
     }
+    for event in answer["events"].as_array().into_iter().flatten() {
+        let (kind, subject) = (text(event, "kind"), from_here(Path::new(text(event, "subject"))));
+        out.push_str(&format!("{kind}  {subject}  {}\n", text(event, "message")));
+    }
     out
 }

@@ -160,7 +160,11 @@ impl MountArgs {
         let name = file_with(&table, wanted)?;
         let hidden = runtime::folder()?.join(format!("fs-{}", std::process::id()));
         std::fs::create_dir(&hidden).map_err(|error| Error::io(error, "can't be made to mount on").at(&hidden))?;
-        let mounted = vhd_fuse::mount(Contents::from(disk.clone()).with_partitions(&table), &hidden, &wanted.options);
+        let mut options = wanted.options.clone();
+        // A set-uid helper, as Debian's ntfs-3g is, is root to FUSE, which is another user. No more of them come this far: the
+        // folder above is closed.
+        options.allow_other |= !nix::unistd::geteuid().is_root() && vhd_fuse::users_may_allow_other();
+        let mounted = vhd_fuse::mount(Contents::from(disk.clone()).with_partitions(&table), &hidden, &options);
         let result = mounted.and_then(|mut mounted| {
             match mounted.mount_inside(&name, &self.target, &wanted.inside, wanted.options.read_only) {
                 Ok(by) => Ok((mounted, Some(by))),
@@ -175,16 +179,8 @@ impl MountArgs {
     /// safe form.) What that process has to say before, it says on this one's stderr.
     fn start_daemon(&self, context: &Context) -> Result<Answer, Error> {
         let failed = |error: io::Error| Error::io(error, "can't start the background process").at(&self.target);
-        let mut arguments: Vec<_> = std::env::args_os().collect();
-        if let Some(helper::Helped::Run(translated)) = helper::translate(&arguments) {
-            arguments = translated;
-        }
-        let options_end = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
-        arguments.insert(options_end, "--daemon".into());
-        // By its name, for `ps`; but a file that was replaced meanwhile is not this program.
-        let named = std::env::current_exe().ok().filter(|path| path.exists());
-        let mut command = Command::new(named.as_deref().unwrap_or(Path::new("/proc/self/exe")));
-        command.arg0(&arguments[0]).args(&arguments[1..]).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut command = same_command("--daemon").map_err(failed)?;
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut daemon = command.spawn().map_err(failed)?;
 
         // Its stdout ends when it is ready, or when it is gone.
@@ -202,6 +198,22 @@ impl MountArgs {
         // It has said why.
         std::process::exit(status.code().unwrap_or(2))
     }
+}
+
+/// This command as it was called, with one more flag.
+pub fn same_command(flag: &str) -> io::Result<Command> {
+    let mut arguments: Vec<_> = std::env::args_os().collect();
+    if let Some(helper::Helped::Run(translated)) = helper::translate(&arguments) {
+        arguments = translated;
+    }
+    let options_end = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
+    arguments.insert(options_end, flag.into());
+    let (name, rest) = arguments.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    // By its name, for `ps`; but a file that was replaced meanwhile is not this program.
+    let named = std::env::current_exe().ok().filter(|path| path.exists());
+    let mut command = Command::new(named.as_deref().unwrap_or(Path::new("/proc/self/exe")));
+    command.arg0(name).args(rest);
+    Ok(command)
 }
 
 /// For people only what mounted the file system: otherwise success is silent.

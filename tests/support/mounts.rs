@@ -1,11 +1,15 @@
 //! What the tests of mounts share.
 
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use super::search_path;
+use tempfile::TempDir;
+
+use super::{search_path, text, vhd};
 
 /// True where mounts can be tested; in CI they must be.
 pub fn possible(needed: &[&str]) -> bool {
@@ -34,6 +38,12 @@ pub fn wait_until(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
+/// Waits until nobody has an image open, for reading or writing: who writes nothing to it needs that.
+#[track_caller]
+pub fn wait_until_free(folder: &Path, image: &str) {
+    wait_until("the image is free", || vhd(folder, &format!("write {image} --offset 0")).status.success());
+}
+
 /// Unmounts what a failed test leaves at these places, last first.
 pub struct Cleanup(pub Vec<PathBuf>);
 
@@ -43,5 +53,88 @@ impl Drop for Cleanup {
             let mut command = Command::new("umount");
             let _ = command.args(["-q", "-l"]).arg(place).stdout(Stdio::null()).stderr(Stdio::null()).status();
         }
+    }
+}
+
+/// Who an ordinary user is here: nobody.
+const ORDINARY: u32 = 65534;
+
+/// An ordinary user with a home, on a machine that lets everyone use FUSE. What is changed of the machine for that is put
+/// back at the end. Only one is there at a time, in all tests that run.
+pub struct User {
+    // In this order: unmounted, then put back, then the next one's turn.
+    _cleanup: Cleanup,
+    _changed: Changed,
+    _turn: File,
+    folder: TempDir,
+}
+
+/// What `/dev/fuse` and `/etc/fuse.conf` were.
+struct Changed {
+    mode: u32,
+    configured: Option<Vec<u8>>,
+}
+
+const DEVICE: &str = "/dev/fuse";
+const CONFIGURATION: &str = "/etc/fuse.conf";
+
+/// One test at a time changes the machine's settings, whatever program it is in.
+pub fn turn() -> File {
+    let turn = File::open(DEVICE).unwrap();
+    turn.lock().unwrap();
+    turn
+}
+
+impl User {
+    /// With `disk`, `files` and `run` in the home; `allow_other` says whether `/etc/fuse.conf` lets users allow it.
+    pub fn new(allow_other: bool) -> Self {
+        let turn = turn();
+        let changed = Changed { mode: turn.metadata().unwrap().mode() & 0o7777, configured: fs::read(CONFIGURATION).ok() };
+        fs::set_permissions(DEVICE, Permissions::from_mode(0o666)).unwrap();
+        fs::write(CONFIGURATION, if allow_other { "user_allow_other\n" } else { "" }).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+        fs::copy(env!("CARGO_BIN_EXE_vhd"), folder.path().join("vhd")).unwrap();
+        for name in ["home", "home/disk", "home/files", "home/run"] {
+            let path = folder.path().join(name);
+            fs::create_dir(&path).unwrap();
+            fs::set_permissions(&path, Permissions::from_mode(0o700)).unwrap();
+            chown(&path, Some(ORDINARY), Some(ORDINARY)).unwrap();
+        }
+        let home = folder.path().join("home");
+        Self { _cleanup: Cleanup(vec![home.join("disk"), home.join("files")]), _changed: changed, _turn: turn, folder }
+    }
+
+    /// The home, which is the user's own and closed to others.
+    pub fn home(&self) -> PathBuf {
+        self.folder.path().join("home")
+    }
+
+    /// Runs a line in the home, as a shell does.
+    pub fn tries(&self, line: &str) -> Output {
+        let path = format!("{}:{}", self.folder.path().display(), search_path());
+        let mut command = Command::new("setpriv");
+        let id = ORDINARY.to_string();
+        command.args(["--reuid", &id, "--regid", &id, "--clear-groups", "sh", "-ec", line]);
+        command.current_dir(self.home()).env("XDG_RUNTIME_DIR", self.home().join("run")).env("PATH", path).output().unwrap()
+    }
+
+    /// The same for a line that must do; returns what it printed.
+    #[track_caller]
+    pub fn does(&self, line: &str) -> String {
+        let output = self.tries(line);
+        let said = text(&output.stdout) + &text(&output.stderr);
+        assert!(output.status.success(), "{line}: {said}");
+        said
+    }
+}
+
+impl Drop for Changed {
+    fn drop(&mut self) {
+        let _ = fs::set_permissions(DEVICE, Permissions::from_mode(self.mode));
+        let _ = match &self.configured {
+            Some(before) => fs::write(CONFIGURATION, before),
+            None => fs::remove_file(CONFIGURATION),
+        };
     }
 }

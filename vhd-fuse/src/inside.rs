@@ -7,6 +7,7 @@ use std::process::Command;
 
 use vhd_core::{Error, ErrorKind, Result};
 
+use crate::options::users_may_allow_other;
 use crate::unmount::one_line;
 
 /// What mounts a kind of file system for everyone.
@@ -54,8 +55,10 @@ pub(crate) fn mount(file: &Path, at: &Path, options: &[String], read_only: bool)
         Ok(_) => Ok(format!("{kind} ({})", helper.program)),
         Err(error) => {
             let (program, package) = (helper.program, helper.package);
+            let is_shut_out = error.ends_with("Permission denied") && !users_may_allow_other();
+            let hint = if is_shut_out { "; where that is set-uid, it needs user_allow_other in /etc/fuse.conf" } else { "" };
             let message = format!(
-                "its {kind} file system can't be mounted, neither by the kernel ({reason}) nor by {program} of package {package} ({error})"
+                "its {kind} file system can't be mounted, neither by the kernel ({reason}) nor by {program} of package {package} ({error}){hint}"
             );
             Err(Error::new(ErrorKind::Unsupported, message).at(file))
         }
@@ -98,9 +101,14 @@ fn by_kernel(file: &Path, at: &Path, kind: &str, options: &[String], read_only: 
 
 /// What a program printed; or why it failed, in one line.
 fn run(command: &mut Command) -> std::result::Result<String, String> {
-    // mkfs, losetup and the like are not on every user's path.
-    let path = std::env::var("PATH").unwrap_or_default();
-    let output = command.env("PATH", format!("{path}:/usr/sbin:/sbin")).env("LC_ALL", "C").output();
+    // mount(8) gives its helpers no path at all, and losetup and the like are not on every user's.
+    const SYSTEM: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+    let path = match std::env::var("PATH") {
+        // Nothing before a colon would be the current folder.
+        Ok(path) if !path.is_empty() => format!("{path}:{SYSTEM}"),
+        _ => SYSTEM.to_owned(),
+    };
+    let output = command.env("PATH", path).env("LC_ALL", "C").output();
     let output = output.map_err(|error| format!("{}: {error}", command.get_program().to_string_lossy()))?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned());

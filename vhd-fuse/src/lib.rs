@@ -27,9 +27,10 @@ mod view;
 
 pub use contents::{Contents, PROBLEMS_FILE};
 pub use mounted::{Mounted, mount};
-pub use options::MountOptions;
+pub use options::{MountOptions, users_may_allow_other};
+pub use server::Server;
 pub use signals::StopSignals;
-pub use unmount::{Unmounted, image_at, unmount};
+pub use unmount::{Told, Unmounted, image_at, unmount};
 
 /// The file that is the whole disk.
 pub const DISK_FILE: &str = "disk.raw";

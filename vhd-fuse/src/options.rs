@@ -21,6 +21,13 @@ pub struct MountOptions {
     pub threads: Option<usize>,
 }
 
+/// True where ordinary users may give others a look at what they mount: `user_allow_other` in `/etc/fuse.conf`.
+#[must_use]
+pub fn users_may_allow_other() -> bool {
+    let configured = std::fs::read_to_string("/etc/fuse.conf").unwrap_or_default();
+    configured.lines().any(|line| line.trim() == "user_allow_other")
+}
+
 /// Words of mount(8), fstab and systemd that no file system sees.
 const FOR_MOUNT: &[&str] = &[
     "defaults",

@@ -19,41 +19,56 @@ pub(crate) fn identity() -> io::Result<String> {
     Ok(format!("{pid} {}", start_time(pid)?))
 }
 
+/// The value of the attribute at a mount. `NotConnected` when the server is gone; `None` when it is out of sight.
+pub(crate) fn identity_of(target: &Path) -> io::Result<Option<String>> {
+    let mut value = [0; 64];
+    match rustix::fs::getxattr(target, ATTRIBUTE, &mut value[..]) {
+        Ok(len) => Ok(Some(String::from_utf8_lossy(&value[..len]).into_owned())),
+        Err(error) if error == rustix::io::Errno::NOTCONN => Err(error.into()),
+        // Most likely another user's mount, which the kernel hides from root too.
+        Err(_) => Ok(None),
+    }
+}
+
 /// A process that serves a mount.
-pub(crate) struct Server {
-    pub(crate) pid: u32,
+#[derive(Debug)]
+pub struct Server {
+    pid: u32,
     handle: OwnedFd,
 }
 
 impl Server {
-    /// Asks for the server of a mount. `NotConnected` when it is gone; `None` when it is out of sight.
-    pub(crate) fn of(target: &Path) -> io::Result<Option<Self>> {
-        let mut value = [0; 64];
-        let len = match rustix::fs::getxattr(target, ATTRIBUTE, &mut value[..]) {
-            Ok(len) => len,
-            Err(error) if error == rustix::io::Errno::NOTCONN => return Err(error.into()),
-            // Most likely another user's mount, which the kernel hides from root too.
-            Err(_) => return Ok(None),
-        };
-        let value = String::from_utf8_lossy(&value[..len]);
-        Ok(value.split_once(' ').and_then(|(pid, start)| Self::open(pid.parse().ok()?, start)))
-    }
-
-    fn open(pid: u32, start: &str) -> Option<Self> {
+    /// The process that is meant by what [`unmount`](crate::unmount()) told; `None` when it is gone.
+    #[must_use]
+    pub fn find(identity: &str) -> Option<Self> {
+        let (pid, start) = identity.split_once(' ')?;
+        let pid = pid.parse().ok()?;
         let handle = pidfd_open(Pid::from_raw(i32::try_from(pid).ok()?)?, PidfdFlags::empty()).ok()?;
         // Looked at after the handle was taken, so that both are of the same process.
         let same = start_time(pid).is_ok_and(|found| found == start);
         same.then_some(Self { pid, handle })
     }
 
+    /// Its number.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// # Errors
     /// `Refused` when it is stopped, so that to wait for it would be for ever.
-    pub(crate) fn check_runs(&self) -> Result<()> {
+    pub fn check_runs(&self) -> Result<()> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        if !stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't'])) {
+        let is_stopped = stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']));
+        // Where it has ended meanwhile, that was another process of its number.
+        if !is_stopped || self.wait(Some(Duration::ZERO)).unwrap_or(true) {
             return Ok(());
         }
         let pid = self.pid;
-        let message = format!("process {pid}, which serves it, is stopped; let it go on with kill -CONT {pid}, then try again");
+        let message = format!(
+            "process {pid}, which serves it, is stopped; let it go on with kill -CONT {pid}, or give up what it has not written with \
+             vhd unmount --force"
+        );
         Err(Error::new(ErrorKind::Refused, message))
     }
 
@@ -90,10 +105,9 @@ mod tests {
     #[test]
     fn a_process_is_found_by_its_identity_and_not_by_its_number_alone() {
         let identity = identity().unwrap();
-        let (pid, start) = identity.split_once(' ').unwrap();
-        let pid = pid.parse().unwrap();
-        let server = Server::open(pid, start).unwrap();
+        let server = Server::find(&identity).unwrap();
         assert!(!server.wait(Some(Duration::from_millis(1))).unwrap());
-        assert!(Server::open(pid, "1").is_none());
+        assert!(Server::find(&format!("{} 1", server.pid())).is_none());
+        assert!(Server::find("nobody").is_none());
     }
 }

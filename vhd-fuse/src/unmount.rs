@@ -3,8 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::mpsc;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,7 +11,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use vhd_core::{Error, ErrorKind, Result};
 
-use crate::server::Server;
+use crate::server::{self, Server};
 use crate::{DISK_FILE, SUBTYPE, inside, mountinfo};
 
 /// A server that closes its image for longer than this is worth a word.
@@ -21,8 +20,15 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The kernel lets go of a loop device's file a little after `losetup --detach` or `umount` returned.
 const LETTING_GO: Duration = Duration::from_secs(2);
 
-/// A server that says nothing for so long has stopped, or its host has.
-const ANSWER: Duration = Duration::from_secs(10);
+/// What an unmount has to say before it is done.
+#[derive(Clone, Copy, Debug)]
+pub enum Told<'a> {
+    /// Who serves the mount, for [`Server::find`]; nothing when that is out of sight. From here on it may take as long as
+    /// that process lets it.
+    Server(&'a str),
+    /// Why it takes long, in one line.
+    Note(&'a str),
+}
 
 /// A mount that is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,22 +46,25 @@ pub fn image_at(target: &Path) -> Result<PathBuf> {
 }
 
 /// Unmounts what `mount` mounted, in any process, and returns when the image is flushed and closed; a file system that is
-/// mounted from it goes first. A mount whose server died is cleared. When it takes long, `note` is told why, in one
-/// line. With `force` it is ended at once, and what its server did not write is lost.
+/// mounted from it goes first. A mount whose server died is cleared. With `force` it is ended at once, and what its server
+/// did not write is lost.
+///
+/// While a server is stopped (SIGSTOP), whoever has asked it for something waits, and not even SIGKILL ends that. So this
+/// is for a process of its own, which another one watches that knows the server by what it was `tell`ed.
 ///
 /// # Errors
-/// `InvalidInput` when there is no mount of ours; `Refused` when it is in use, or its server is stopped; what the flush
-/// failed with. After `NoSpace` it is still mounted, so that nothing is lost; after another failure of the flush it is not.
-pub fn unmount(target: &Path, force: bool, note: &mut dyn FnMut(&str)) -> Result<Unmounted> {
+/// `InvalidInput` when there is no mount of ours; `Refused` when it is in use, or its server was stopped while it closed the
+/// image; what the flush failed with. After `NoSpace` it is still mounted, so that nothing is lost; after another failure of
+/// the flush it is not.
+pub fn unmount(target: &Path, force: bool, tell: &mut dyn FnMut(Told<'_>)) -> Result<Unmounted> {
     let found = Found::at(target)?;
     let image = found.image.clone();
     if force {
         found.give_up()?;
         return Ok(Unmounted { image });
     }
-    check_answers(&found.place)?;
-    let server = match Server::of(&found.place) {
-        Ok(server) => server,
+    let identity = match server::identity_of(&found.place) {
+        Ok(identity) => identity,
         // The server died: nothing can be waited for, and whoever still holds a file has only errors from it.
         Err(error) if error.kind() == io::ErrorKind::NotConnected => {
             found.give_up()?;
@@ -63,28 +72,31 @@ pub fn unmount(target: &Path, force: bool, note: &mut dyn FnMut(&str)) -> Result
         }
         Err(error) => return Err(Error::io(error, "can't ask who serves it").at(target)),
     };
+    tell(Told::Server(identity.as_deref().unwrap_or_default()));
+    let server = identity.as_deref().and_then(Server::find);
     if let Some(inside) = &found.inside {
         detach(inside, Detach::Now)?;
-        wait_for(server.as_ref(), target, note)?;
+        wait_for(server.as_ref(), target, tell)?;
         let _ = std::fs::remove_dir(&found.place);
         return Ok(Unmounted { image });
     }
 
     // A background server has nobody to tell that its last flush failed, so it is asked for one while it can answer.
-    let flushed = flush(&found.place, server.as_ref())?;
+    let flushed = flush(&found.place);
     if flushed.as_ref().is_err_and(|error| error.kind() == ErrorKind::NoSpace) {
         return flushed.map(|()| Unmounted { image });
     }
     detach(&found.place, Detach::Now)?;
-    wait_for(server.as_ref(), target, note)?;
+    wait_for(server.as_ref(), target, tell)?;
     flushed.map(|()| Unmounted { image })
 }
 
 /// Waits until the server of a mount that is gone has closed the image.
-fn wait_for(server: Option<&Server>, target: &Path, note: &mut dyn FnMut(&str)) -> Result<()> {
+fn wait_for(server: Option<&Server>, target: &Path, tell: &mut dyn FnMut(Told<'_>)) -> Result<()> {
+    let mut note = |text: String| tell(Told::Note(&text));
     let target = target.display();
     let Some(server) = server else {
-        note(&format!("{target}: unmounted; its server is out of sight and may not have closed the image yet"));
+        note(format!("{target}: unmounted; its server is out of sight and may not have closed the image yet"));
         return Ok(());
     };
     let mut said = false;
@@ -95,7 +107,7 @@ fn wait_for(server: Option<&Server>, target: &Path, note: &mut dyn FnMut(&str)) 
         }
         server.check_runs()?;
         if !std::mem::replace(&mut said, true) {
-            note(&format!("{target}: unmounted; waiting for process {} to close the image", server.pid));
+            note(format!("{target}: unmounted; waiting for process {} to close the image", server.pid()));
         }
     }
 }
@@ -151,30 +163,6 @@ impl Found {
 /// The kind of our mounts.
 fn ours() -> String {
     format!("fuse.{SUBTYPE}")
-}
-
-/// `Refused` when the server of a mount does not answer. Another process asks, for who has asked a server that is stopped
-/// can't be ended before that goes on.
-fn check_answers(place: &Path) -> Result<()> {
-    let mut asking = Command::new("stat");
-    asking.arg("-f").arg("--").arg(place).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    // Without the program there is no way to know.
-    let Ok(mut asking) = asking.spawn() else { return Ok(()) };
-    let began = Instant::now();
-    while began.elapsed() < ANSWER {
-        // Whatever it says, even that nobody serves the mount, is an answer.
-        if !matches!(asking.try_wait(), Ok(None)) {
-            return Ok(());
-        }
-        thread::sleep(Duration::from_millis(2));
-    }
-    let _ = asking.kill();
-    let message = format!(
-        "its server did not answer within {} s: let it go on (kill -CONT) if it is stopped, or give up what it has not written \
-         with vhd unmount --force",
-        ANSWER.as_secs()
-    );
-    Err(Error::new(ErrorKind::Refused, message).at(place))
 }
 
 /// How a mount is ended.
@@ -248,21 +236,10 @@ fn resolve(target: &Path) -> io::Result<PathBuf> {
     target.canonicalize()
 }
 
-/// Flushes the disk; the inner result is that of the flush. A server that is stopped meanwhile is not waited for.
-fn flush(place: &Path, server: Option<&Server>) -> Result<Result<()>> {
-    let (tell, told) = mpsc::channel();
-    let at = place.to_owned();
-    let flushing = thread::Builder::new().name("flushing".into()).spawn(move || {
-        let disk = if at.is_dir() { at.join(DISK_FILE) } else { at };
-        // What can't be opened can't be flushed either; its server still does when it ends.
-        tell.send(File::open(disk).map_or(Ok(()), |file| file.sync_all()))
-    });
-    flushing.map_err(|error| Error::io(error, "can't flush it").at(place))?;
-    loop {
-        match told.recv_timeout(ANSWER) {
-            Ok(flushed) => return Ok(flushed.map_err(|error| Error::io(error, "the image could not be flushed").at(place))),
-            Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(Ok(())),
-            Err(mpsc::RecvTimeoutError::Timeout) => server.map_or(Ok(()), Server::check_runs)?,
-        }
-    }
+/// Flushes the disk.
+fn flush(place: &Path) -> Result<()> {
+    let disk = if place.is_dir() { place.join(DISK_FILE) } else { place.to_owned() };
+    // What can't be opened can't be flushed either; its server still does when it ends.
+    let flushed = File::open(disk).map_or(Ok(()), |file| file.sync_all());
+    flushed.map_err(|error| Error::io(error, "the image could not be flushed").at(place))
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde_json::{Value, json};
 use uuid::Uuid;
 use vhd_core::chain::ChildOptions;
-use vhd_core::{Disk, Error, LiveDisk, Result};
+use vhd_core::{Disk, Error, ErrorKind, LiveDisk, Result};
 use vhd_service::control::{Control, EXTENSION, Handler, Request};
 use vhd_service::events::{Event, Events};
 use vhd_service::metrics::Metrics;
@@ -87,6 +87,11 @@ impl Handler for Admin {
             "list" => Ok(self.list()),
             "snapshot" => self.snapshot(request),
             "metrics" => Ok(self.metrics.to_text().into()),
+            "refresh" => {
+                let message = "the size of a mount stays while it is mounted, as whoever has it open relies on it; unmount, resize \
+                               the image, then mount it again";
+                Err(Error::new(ErrorKind::Unsupported, message).at(&self.live.leaf()))
+            }
             _ => Err(request.unknown(&["list", "snapshot", "metrics"])),
         }
     }
@@ -115,7 +120,7 @@ impl Admin {
         let name = request.text("name")?;
         if name != self.name {
             let message = format!("no disk of the name {name:?} is mounted here, only {:?}", self.name);
-            return Err(Error::new(vhd_core::ErrorKind::NotFound, message));
+            return Err(Error::new(ErrorKind::NotFound, message));
         }
         let path = PathBuf::from(request.text("path")?);
         let before = self.live.leaf();

@@ -252,6 +252,90 @@ fn a_full_host_is_enospc_and_passes() {
 }
 
 #[test]
+fn a_fault_of_the_medium_is_eio_and_what_is_cached_stays() {
+    let Some(fixture) = mount_size(SIZE) else { return };
+    let file = open(&fixture.file);
+    file.write_all_at(b"known", 0).unwrap();
+    fixture.memory.sick.store(true, Ordering::Relaxed);
+    let mut found = [0; 5];
+    assert_eq!(os_error(file.read_at(&mut found, 4 << 20)), libc::EIO);
+    assert_eq!(os_error(file.write_at(&[1; 100], 4 << 20)), libc::EIO);
+    assert_eq!(os_error(file.sync_all()), libc::EIO);
+    let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    assert_eq!(fallocate(&file, punch, 1 << 20, 4096), Err(Errno::EIO));
+    fixture.memory.sick.store(false, Ordering::Relaxed);
+    file.read_exact_at(&mut found, 0).unwrap();
+    assert_eq!(&found, b"known");
+    drop(file);
+    fixture.mounted.end().unwrap();
+}
+
+#[test]
+fn sendfile_sends_the_disk() {
+    let Some(fixture) = mount_size(SIZE) else { return };
+    let data = pattern(3 << 20, 5);
+    let file = open(&fixture.file);
+    file.write_all_at(&data, 12_345).unwrap();
+    let other = tempfile::tempfile().unwrap();
+    let mut offset = 12_345;
+    while offset < 12_345 + data.len() as u64 {
+        let rest = 12_345 + data.len() - offset as usize;
+        assert!(rustix::fs::sendfile(&other, &file, Some(&mut offset), rest).unwrap() > 0);
+    }
+    let mut found = vec![0; data.len()];
+    other.read_exact_at(&mut found, 0).unwrap();
+    assert!(found == data);
+    drop(file);
+    fixture.mounted.end().unwrap();
+}
+
+#[test]
+fn small_reads_in_a_row_are_read_ahead_and_large_ones_are_not_cut_small() {
+    let Some(fixture) = mount_size(SIZE) else { return };
+    let mut file = open(&fixture.file);
+    let mut page = [0; 4096];
+    for _ in 0..SIZE / page.len() {
+        file.read_exact(&mut page).unwrap();
+    }
+    let reads = fixture.memory.reads.load(Ordering::Relaxed);
+    assert!(reads <= SIZE / (64 << 10), "{reads} reads of the disk for {} of the file", SIZE / page.len());
+    let direct = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(&fixture.file).unwrap();
+    let mut large = vec![0; 4 << 20];
+    direct.read_exact_at(&mut large, 0).unwrap();
+    direct.write_all_at(&large, 0).unwrap();
+    // All but the pages at the ends: the memory is not aligned to them.
+    let most = |count: &std::sync::atomic::AtomicUsize| count.load(Ordering::Relaxed);
+    let found = (most(&fixture.memory.largest_read), most(&fixture.memory.largest_write));
+    assert!(found.0 >= 512 << 10 && found.1 >= 512 << 10, "{found:?}");
+    drop((file, direct));
+    fixture.mounted.end().unwrap();
+}
+
+#[test]
+fn direct_io_that_is_not_aligned_is_right_or_refused() {
+    let Some(fixture) = mount_size(SIZE) else { return };
+    let direct = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(&fixture.file).unwrap();
+    let expected = pattern(SIZE, 6);
+    open(&fixture.file).write_all_at(&expected, 0).unwrap();
+    let mut memory = vec![0; 70_000];
+    for (offset, len, skew) in [(1_u64, 100, 1), (511, 513, 3), (4096, 4096, 7), (4095, 65_537, 0), (512, 512, 512)] {
+        match direct.read_at(&mut memory[skew..skew + len], offset) {
+            Ok(read) => assert!(read > 0 && memory[skew..skew + read] == expected[offset as usize..][..read], "{offset} {len}"),
+            Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EINVAL)),
+        }
+        match direct.write_at(&pattern(len, offset), offset + (1 << 20)) {
+            Ok(written) => {
+                let contents = fixture.memory.contents();
+                assert!(contents[offset as usize + (1 << 20)..][..written] == pattern(len, offset)[..written]);
+            }
+            Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EINVAL)),
+        }
+    }
+    drop(direct);
+    fixture.mounted.end().unwrap();
+}
+
+#[test]
 fn statfs_tells_size_and_room() {
     let Some(fixture) = mount_size(SIZE) else { return };
     let found = nix::sys::statvfs::statvfs(fixture.folder.path()).unwrap();

@@ -25,6 +25,11 @@ pub struct Memory {
     pub full: AtomicBool,
     /// Closing fails.
     pub broken: AtomicBool,
+    /// The medium fails at everything.
+    pub sick: AtomicBool,
+    pub reads: AtomicUsize,
+    pub largest_read: AtomicUsize,
+    pub largest_write: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -59,7 +64,15 @@ fn inside(range: &Range<u64>, size: usize) -> Result<Range<usize>> {
 }
 
 impl Shared {
+    fn check_health(&self) -> Result<()> {
+        if self.0.sick.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Io, "the medium is sick"));
+        }
+        Ok(())
+    }
+
     fn check_room(&self) -> Result<()> {
+        self.check_health()?;
         if self.0.full.load(Ordering::Relaxed) {
             return Err(Error::new(ErrorKind::NoSpace, "no room on the host"));
         }
@@ -74,8 +87,11 @@ impl BlockDevice for Shared {
     }
 
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
+        self.check_health()?;
         let bytes = self.0.bytes.read().unwrap();
         let len: usize = bufs.iter().map(|buf| buf.len()).sum();
+        self.0.reads.fetch_add(1, Ordering::Relaxed);
+        self.0.largest_read.fetch_max(len, Ordering::Relaxed);
         let mut rest = &bytes.data[inside(&(offset..offset + len as u64), bytes.data.len())?];
         for buf in bufs {
             let (head, tail) = rest.split_at(buf.len());
@@ -89,6 +105,7 @@ impl BlockDevice for Shared {
         self.check_room()?;
         let mut bytes = self.0.bytes.write().unwrap();
         let len: usize = bufs.iter().map(|buf| buf.len()).sum();
+        self.0.largest_write.fetch_max(len, Ordering::Relaxed);
         let range = inside(&(offset..offset + len as u64), bytes.data.len())?;
         let mut start = range.start;
         for buf in bufs {
@@ -109,6 +126,7 @@ impl BlockDevice for Shared {
     }
 
     fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Result<()> {
+        self.check_health()?;
         let mut bytes = self.0.bytes.write().unwrap();
         let range = inside(&range, bytes.data.len())?;
         let size = bytes.data.len();
