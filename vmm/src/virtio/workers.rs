@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::block::{Block, QueueOwner, Served, Stall};
 use super::{QUEUE_SIZE, status};
 use crate::memory::Memory;
+use crate::sandbox::{self, Kind};
 
 /// Bits of the interrupt status.
 const INTERRUPT_USED: u32 = 1;
@@ -65,6 +66,16 @@ struct Shared {
     observer: Arc<dyn StallObserver>,
 }
 
+impl Shared {
+    /// The device has failed, and its driver is told so.
+    fn fail(&self, why: &str) {
+        tracing::warn!("disk {}: {why}; it does nothing more until it is reset", self.index);
+        self.running.store(false, Ordering::SeqCst);
+        self.line.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
+        self.line.raise(INTERRUPT_CONFIG);
+    }
+}
+
 impl QueueOwner for Shared {
     fn stopped(&self) -> bool {
         !self.running.load(Ordering::SeqCst) || self.paused.load(Ordering::SeqCst)
@@ -82,11 +93,17 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Starts the threads of the disk with this index.
+    /// Starts the threads of the disk with this index, fenced in or not.
     ///
     /// # Errors
     /// As the host has no more threads or event counters.
-    pub fn start(index: usize, block: Arc<Block>, memory: Memory, observer: Arc<dyn StallObserver>) -> io::Result<Self> {
+    pub fn start(
+        index: usize,
+        block: Arc<Block>,
+        memory: Memory,
+        observer: Arc<dyn StallObserver>,
+        sandbox: bool,
+    ) -> io::Result<Self> {
         let line = Line { status: 0.into(), pending: 0.into(), interrupt: EventFd::new(EFD_NONBLOCK)? };
         let slot = |_| {
             let queue = Queue::new(QUEUE_SIZE).map_err(io::Error::other)?;
@@ -99,7 +116,12 @@ impl Workers {
         for number in 0..workers.shared.slots.len() {
             let shared = Arc::clone(&workers.shared);
             let thread = std::thread::Builder::new().name(format!("disk {index} queue {number}"));
-            workers.threads.push(thread.spawn(move || serve(&shared, number))?);
+            workers.threads.push(thread.spawn(move || {
+                if sandbox && let Err(error) = sandbox::enter(Kind::Disk) {
+                    return shared.fail(&format!("a thread has no sandbox: {error}"));
+                }
+                serve(&shared, number);
+            })?);
         }
         Ok(workers)
     }
@@ -206,10 +228,7 @@ fn serve(shared: &Shared, number: usize) {
             }
             Err(broken) => {
                 drop(queue);
-                tracing::warn!("disk {}: {broken}; it does nothing more until it is reset", shared.index);
-                shared.running.store(false, Ordering::SeqCst);
-                shared.line.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
-                shared.line.raise(INTERRUPT_CONFIG);
+                shared.fail(&broken.to_string());
             }
         }
     }
