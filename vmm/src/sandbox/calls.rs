@@ -142,13 +142,6 @@ const CONTROL: &[c::c_long] = &[
     c::SYS_utimensat,
 ];
 
-/// Calls that fail instead of ending the process, with the error: libraries try them and can do without.
-const FAILING: [(&[c::c_long], i32); 2] = [
-    // Its arguments are in memory, where a filter can't look; the older call is tried then.
-    (&[c::SYS_clone3], c::ENOSYS),
-    (&[c::SYS_open, c::SYS_openat, c::SYS_openat2], c::EACCES),
-];
-
 const KVM_RUN: u64 = 0xAE80;
 const KVM_GET_REGS: u64 = 0x8090_AE81;
 /// The first byte but one says whose an `ioctl` is; this is KVM's.
@@ -199,9 +192,6 @@ fn rules(kind: Kind, memory: RawFd) -> Rules {
         return rules;
     }
     rules.extend(FILES.iter().map(|call| (*call, Vec::new())));
-    // A disk has a thread that flushes, which is started when it is first written to.
-    rules.insert(c::SYS_clone3, Vec::new());
-    allow(&mut rules, c::SYS_clone, [masked(0, c::CLONE_THREAD as u64, c::CLONE_THREAD as u64)]);
     allow(&mut rules, c::SYS_prctl, [is(0, c::PR_SET_NAME as u64)]);
     if kind == Kind::Disk {
         allow(&mut rules, c::SYS_ioctl, [masked(1, WHOSE, BLOCK_DEVICE)]);
@@ -218,6 +208,24 @@ fn rules(kind: Kind, memory: RawFd) -> Rules {
     rules
 }
 
+/// Calls that fail with an error instead of ending the process: libraries try them and can do without, or make them with
+/// signals blocked, so that the refusal could not be told.
+fn failing(kind: Kind) -> Vec<(Rules, i32)> {
+    let any = |calls: &[c::c_long]| calls.iter().map(|call| (*call, Vec::new())).collect::<Rules>();
+    // Its arguments are in memory, where a filter can't look; the older call is tried then.
+    let mut failing = vec![(any(&[c::SYS_clone3]), c::ENOSYS)];
+    if kind != Kind::Control {
+        failing.push((any(&[c::SYS_open, c::SYS_openat, c::SYS_openat2]), c::EACCES));
+    }
+    let mut clone = any(&[c::SYS_clone]);
+    if kind != Kind::Vcpu {
+        // Threads may be: a disk has one that flushes, which is started when it is first written to.
+        allow(&mut clone, c::SYS_clone, [masked(0, c::CLONE_THREAD as u64, 0)]);
+    }
+    failing.push((clone, c::EPERM));
+    failing
+}
+
 /// The programs that the kernel runs before each call. The strictest of their answers counts.
 pub fn filters(kind: Kind, memory: RawFd) -> io::Result<Vec<BpfProgram>> {
     let compile = |rules, otherwise, matched| {
@@ -226,12 +234,10 @@ pub fn filters(kind: Kind, memory: RawFd) -> io::Result<Vec<BpfProgram>> {
     };
     let mut allowed = rules(kind, memory);
     let mut programs = Vec::new();
-    for (calls, error) in FAILING {
-        if calls.contains(&c::SYS_clone3) || kind != Kind::Control {
-            allowed.extend(calls.iter().map(|call| (*call, Vec::new())));
-            let failing = calls.iter().map(|call| (*call, Vec::new())).collect();
-            programs.push(compile(failing, SeccompAction::Allow, SeccompAction::Errno(error as u32))?);
-        }
+    for (rules, error) in failing(kind) {
+        // To fail it must not be refused.
+        allowed.extend(rules.keys().map(|call| (*call, Vec::new())));
+        programs.push(compile(rules, SeccompAction::Allow, SeccompAction::Errno(error as u32))?);
     }
     programs.push(compile(allowed, SeccompAction::Trap, SeccompAction::Allow)?);
     Ok(programs)

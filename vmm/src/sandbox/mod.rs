@@ -38,7 +38,10 @@ pub fn enter(kind: Kind) -> io::Result<()> {
 /// # Errors
 /// As a file that is to be reached is not there, or the kernel refuses.
 pub fn confine(files: &Files) -> Result<Option<&'static str>, Error> {
+    let failed = |error| Error::io(error, "the sandbox can't be set up; --no-sandbox runs without it");
+    // What it reads can't be opened from inside.
+    refused::tell().map_err(failed)?;
     let fenced = files.fence()?;
-    enter(Kind::Control).map_err(|error| Error::io(error, "the sandbox can't be set up; --no-sandbox runs without it"))?;
+    enter(Kind::Control).map_err(failed)?;
     Ok((!fenced).then_some("the kernel has no Landlock: the monitor can reach all files of its user"))
 }
