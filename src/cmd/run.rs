@@ -2,7 +2,9 @@
 
 mod terminal;
 
+use std::fs::File;
 use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -169,7 +171,9 @@ impl RunArgs {
         {
             context.note(note);
         }
-        let machine = Machine::new(definition, SharedConsole::new(io::stdout()), events.clone())?;
+        // Unbuffered: what the guest says is seen at once, and a reader that does not read stops the guest alone.
+        let stdout = io::stdout().as_fd().try_clone_to_owned().map_err(|error| Error::io(error, "stdout can't be written"))?;
+        let machine = Machine::new(definition, SharedConsole::new(File::from(stdout)), events.clone())?;
         let control = Control::bind(socket, Arc::new(machine.clone()))?;
         // A guest that was saved goes on; to begin anew, its state must be discarded.
         let begin = if machine.state() == State::Saved { Command::Restore } else { Command::Start };

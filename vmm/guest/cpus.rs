@@ -16,6 +16,7 @@ unsafe extern "C" {
     static trampoline: u8;
     static trampoline_end: u8;
     static mut other_stack: u64;
+    static mut other_fault: u32;
     static mut task_access: u8;
 }
 
@@ -47,6 +48,13 @@ fn start_cpu(cpu: u64) {
     while BEGUN.load(Ordering::SeqCst) <= cpu {
         core::hint::spin_loop();
     }
+}
+
+/// Has a second CPU do what it can't go on from, as a kernel would: 1 is an instruction that nobody emulates, 2 a jump to
+/// nowhere, 3 page tables that are none.
+pub fn fault(how: u64) {
+    unsafe { other_fault = how as u32 };
+    start_cpu(1);
 }
 
 #[unsafe(no_mangle)]

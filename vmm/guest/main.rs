@@ -125,7 +125,14 @@ extern "C" fn main() -> ! {
             say!("year {:x}{:02x}", read(0x32), read(9));
         }
         Some("reset") => out8(0x64, 0xFE),
-        Some("fault") => unsafe { asm!("ud2") },
+        Some("fault") => match number("how", 0) {
+            0 => unsafe { asm!("ud2") },
+            how => cpus::fault(how),
+        },
+        Some("flood") => loop {
+            say!("a line that says nothing, again and again, for as long as somebody listens");
+        },
+        Some("storm") => storm(),
         Some("spin") => loop {
             core::hint::spin_loop();
         },
@@ -213,6 +220,10 @@ fn fill() {
         }
         say!("filled {}, {} failed", sectors, failed);
     }
+    // Until it is told from outside.
+    while number("stay", 0) == 1 {
+        core::hint::spin_loop();
+    }
 }
 
 /// Writes the same number to two disks for ever, the first one first.
@@ -229,6 +240,17 @@ fn pair() {
             say!("count {}", count);
         }
     }
+}
+
+/// Kicks without requests, also queues that are not there; then the disk works as ever.
+fn storm() {
+    let disk = Disk::open(0, 1);
+    for round in 0..number("kicks", 2000) {
+        disk.kick(0);
+        disk.kick((round * 7919) as u32);
+    }
+    expect(disk.queue(0).write(0, 8), 0, "write");
+    say!("the storm is over");
 }
 
 /// What can't be done is answered so.
@@ -253,8 +275,15 @@ fn errors() {
     say!("errors are right");
 }
 
-/// A ring that makes no sense: the device says that it needs a reset, and works after one.
+/// A ring that makes no sense, again and again: the device says that it needs a reset, and works after one.
 fn break_it() {
+    for _ in 0..number("times", 1) {
+        break_once();
+    }
+    say!("the device failed and works again");
+}
+
+fn break_once() {
     let disk = Disk::open(0, 1);
     disk.break_ring();
     let mut waited = 0_u64;
@@ -267,5 +296,4 @@ fn break_it() {
     }
     let disk = Disk::open(0, 1);
     expect(disk.queue(0).read(0, 1), 0, "read");
-    say!("the device failed and works again");
 }

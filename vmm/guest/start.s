@@ -53,7 +53,19 @@ other_cpu:
     mov %ax, %ds
     mov %ax, %es
     mov %ax, %ss
-    mov other_stack(%rip), %rsp
+    cmpl $1, other_fault(%rip)
+    jb 3f
+    je 1f
+    cmpl $3, other_fault(%rip)
+    je 2f
+    mov $0x7FFFFFFFF000, %rax   # nothing is there
+    jmp *%rax
+1:  mov $0xD0000000, %rax       # a device's register, by an instruction that nobody emulates
+    fldl (%rax)
+2:  mov $0x7F000000, %rax       # page tables where there is no memory
+    mov %rax, %cr3
+    hlt
+3:  mov other_stack(%rip), %rsp
     mov $0x28, %ax
     ltr %ax
     lea -8(%rsp), %rax
@@ -96,6 +108,8 @@ trampoline_end:
     .code64
     .balign 8
 other_stack: .quad 0
+    .globl other_fault
+other_fault: .long 0
 
     .section .data
     .balign 8

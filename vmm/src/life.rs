@@ -182,10 +182,9 @@ impl Life {
         self.vcpus.go();
     }
 
-    /// Bytes for the guest's serial port.
-    pub fn input(&self, bytes: &[u8]) {
-        let mut serial = self.devices.ports.serial().lock().unwrap_or_else(PoisonError::into_inner);
-        serial.input(bytes);
+    /// The guest's serial port.
+    pub fn serial(&self) -> Arc<Mutex<SerialPort>> {
+        Arc::clone(self.devices.ports.serial())
     }
 }
 

@@ -176,8 +176,10 @@ impl Machine {
 
     /// Bytes for the guest's serial port.
     pub fn input(&self, bytes: &[u8]) {
-        if let Some(life) = &self.0.shared.lock().life {
-            life.input(bytes);
+        // The port may wait for its console, and what is told to the machine must not wait for that.
+        let port = self.0.shared.lock().life.as_ref().map(Life::serial);
+        if let Some(port) = port {
+            port.lock().unwrap_or_else(PoisonError::into_inner).input(bytes);
         }
     }
 

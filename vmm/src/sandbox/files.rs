@@ -74,7 +74,8 @@ impl Files {
             .and_then(|rules| rules.scope(Scope::from_all(RULES)))
             .and_then(Ruleset::create);
         let mut rules = rules.map_err(failed)?;
-        for (path, access) in &self.0 {
+        // What is not there is missed by whoever wants it, and told better.
+        for (path, access) in self.0.iter().filter(|(path, _)| path.exists()) {
             let unreachable = |error: landlock::PathFdError| Error::io(std::io::Error::other(error), "can't be reached").at(path);
             let rights = if path.is_dir() { access.rights() } else { access.rights() & AccessFs::from_file(RULES) };
             rules = rules.add_rule(PathBeneath::new(PathFd::new(path).map_err(unreachable)?, rights)).map_err(failed)?;

@@ -19,6 +19,8 @@ use crate::sandbox::{self, Kind};
 /// Bits of the interrupt status.
 const INTERRUPT_USED: u32 = 1;
 const INTERRUPT_CONFIG: u32 = 2;
+/// Failures of a device that are told in the log.
+const MAX_TOLD: u32 = 10;
 
 /// Who is told that a request is kept because the host can't do it.
 pub trait StallObserver: Send + Sync {
@@ -64,12 +66,18 @@ struct Shared {
     paused: AtomicBool,
     ended: AtomicBool,
     observer: Arc<dyn StallObserver>,
+    /// How often it has failed.
+    failures: AtomicU32,
 }
 
 impl Shared {
     /// The device has failed, and its driver is told so.
     fn fail(&self, why: &str) {
-        tracing::warn!("disk {}: {why}; it does nothing more until it is reset", self.index);
+        // A guest can break its devices as often as it likes, and the log has an end.
+        match self.failures.fetch_add(1, Ordering::Relaxed) {
+            MAX_TOLD.. => tracing::debug!("disk {}: {why}", self.index),
+            _ => tracing::warn!("disk {}: {why}; it does nothing more until it is reset", self.index),
+        }
         self.running.store(false, Ordering::SeqCst);
         self.line.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
         self.line.raise(INTERRUPT_CONFIG);
@@ -110,8 +118,8 @@ impl Workers {
             Ok::<_, io::Error>(Slot { queue: Mutex::new(queue), kick: EventFd::new(0)? })
         };
         let slots = (0..block.queues()).map(slot).collect::<Result<Vec<_>, _>>()?;
-        let (running, paused, ended) = Default::default();
-        let shared = Arc::new(Shared { index, block, memory, line, slots, running, paused, ended, observer });
+        let (running, paused, ended, failures) = Default::default();
+        let shared = Arc::new(Shared { index, block, memory, line, slots, running, paused, ended, observer, failures });
         let mut workers = Self { threads: Vec::new(), shared };
         for number in 0..workers.shared.slots.len() {
             let shared = Arc::clone(&workers.shared);
