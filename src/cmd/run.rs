@@ -2,7 +2,9 @@
 
 mod terminal;
 
+use std::fs::File;
 use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +18,7 @@ use vhd_service::control::Control;
 use vhd_service::events::Events;
 use vhd_vmm::loader::Boot;
 use vhd_vmm::machine::{Command, Definition, Machine, MachineDisk, SharedConsole, State, run_at_events, socket_of};
+use vhd_vmm::sandbox::{self, Access, Files};
 use vhd_vmm::virtio::block::{BlockOptions, Geometry, Policies, Policy};
 
 use super::ChainArgs;
@@ -80,6 +83,9 @@ pub struct RunArgs {
     /// Write even if a saved state or a child relies on a disk
     #[arg(long)]
     force: bool,
+    /// Run without the sandbox, to debug
+    #[arg(long)]
+    no_sandbox: bool,
     #[command(flatten)]
     open: ChainArgs,
 }
@@ -117,7 +123,7 @@ impl RunArgs {
         let name = self.name();
         let socket = socket_of(&name)?;
         let disks = self.open_disks(context)?;
-        let state = self.live(&name, &socket, disks, &stop)?;
+        let state = self.live(&name, &socket, disks, &stop, context)?;
         // The disks are closed now. A guest that was saved needs its undo disks to go on.
         if state != State::Saved {
             self.end_undo(context)?;
@@ -139,7 +145,14 @@ impl RunArgs {
     }
 
     /// The machine, until it is off. Returns its last state.
-    fn live(&self, name: &str, socket: &Path, disks: Vec<MachineDisk>, stop: &AtomicBool) -> Result<State, Error> {
+    fn live(
+        &self,
+        name: &str,
+        socket: &Path,
+        disks: Vec<MachineDisk>,
+        stop: &AtomicBool,
+        context: &Context,
+    ) -> Result<State, Error> {
         let boot = Boot { kernel: self.kernel.clone(), initrd: self.initrd.clone(), command_line: self.append.clone() };
         let definition = Definition {
             name: name.to_owned(),
@@ -149,10 +162,18 @@ impl RunArgs {
             disks,
             low_space: self.low_space,
             state_file: Some(self.state_file(name)),
+            sandbox: !self.no_sandbox,
         };
         let events = Events::default();
         let hook = self.on_event.as_deref().map(|script| run_at_events(script, &events)).transpose()?;
-        let machine = Machine::new(definition, SharedConsole::new(io::stdout()), events.clone())?;
+        if !self.no_sandbox
+            && let Some(note) = sandbox::confine(&self.files(&definition, socket)?)?
+        {
+            context.note(note);
+        }
+        // Unbuffered: what the guest says is seen at once, and a reader that does not read stops the guest alone.
+        let stdout = io::stdout().as_fd().try_clone_to_owned().map_err(|error| Error::io(error, "stdout can't be written"))?;
+        let machine = Machine::new(definition, SharedConsole::new(File::from(stdout)), events.clone())?;
         let control = Control::bind(socket, Arc::new(machine.clone()))?;
         // A guest that was saved goes on; to begin anew, its state must be discarded.
         let begin = if machine.state() == State::Saved { Command::Restore } else { Command::Start };
@@ -168,6 +189,26 @@ impl RunArgs {
             let _ = hook.join();
         }
         Ok(state)
+    }
+
+    /// What the machine needs of the host's files from now on.
+    fn files(&self, definition: &Definition, socket: &Path) -> Result<Files, Error> {
+        let mut files = Files::default();
+        for disk in &definition.disks {
+            let images = disk.live.with_chain(|chain| {
+                let layers = chain.layers().iter().enumerate();
+                Ok(layers.map(|(depth, layer)| (layer.path().to_owned(), depth == 0 && !self.read_only)).collect::<Vec<_>>())
+            })?;
+            images.iter().for_each(|(image, writable)| files.add_image(image, *writable));
+        }
+        // What an undo disk is committed to.
+        self.disks.iter().filter(|_| self.undo).for_each(|image| files.add_image(image, true));
+        let boot = &definition.boot;
+        boot.initrd.iter().chain([&boot.kernel]).for_each(|file| files.add(file, Access::Read));
+        files.add(folder_of(&self.state_file(&definition.name)), Access::Write);
+        files.add(folder_of(socket), Access::Sockets);
+        files.add(Path::new("/dev/kvm"), Access::Device);
+        Ok(files)
     }
 
     fn open_disks(&self, context: &Context) -> Result<Vec<MachineDisk>, Error> {

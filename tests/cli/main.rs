@@ -10,6 +10,7 @@ mod chains;
 mod convert;
 mod documents;
 mod endings;
+mod machine_limits;
 mod machines;
 mod operations;
 #[path = "../support/mod.rs"]

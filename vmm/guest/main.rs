@@ -6,12 +6,14 @@
 #![no_main]
 #![allow(missing_docs, static_mut_refs, unsafe_op_in_unsafe_fn, reason = "a program for bare metal, with one thread")]
 
+mod cpus;
 mod disk;
 
 use core::arch::{asm, global_asm};
 use core::fmt::{self, Write};
+use core::sync::atomic::{AtomicBool, Ordering};
 
-use disk::Disk;
+use disk::{Disk, Shape};
 
 global_asm!(include_str!("start.s"), options(att_syntax));
 
@@ -42,7 +44,17 @@ impl Write for Serial {
 
 #[macro_export]
 macro_rules! say {
-    ($($arg:tt)*) => {{ let _ = core::fmt::Write::write_fmt(&mut $crate::Serial, format_args!("{}\n", format_args!($($arg)*))); }};
+    ($($arg:tt)*) => { $crate::say_line(format_args!($($arg)*)) };
+}
+
+/// A line is one CPU's.
+pub fn say_line(line: fmt::Arguments<'_>) {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    while TAKEN.swap(true, Ordering::SeqCst) {
+        core::hint::spin_loop();
+    }
+    let _ = Serial.write_fmt(format_args!("{line}\n"));
+    TAKEN.store(false, Ordering::SeqCst);
 }
 
 #[panic_handler]
@@ -113,10 +125,18 @@ extern "C" fn main() -> ! {
             say!("year {:x}{:02x}", read(0x32), read(9));
         }
         Some("reset") => out8(0x64, 0xFE),
-        Some("fault") => unsafe { asm!("ud2") },
+        Some("fault") => match number("how", 0) {
+            0 => unsafe { asm!("ud2") },
+            how => cpus::fault(how),
+        },
+        Some("flood") => loop {
+            say!("a line that says nothing, again and again, for as long as somebody listens");
+        },
+        Some("storm") => storm(),
         Some("spin") => loop {
             core::hint::spin_loop();
         },
+        Some("cpus") => cpus::run(disks()),
         Some("verify") => verify(),
         Some("fill") => fill(),
         Some("pair") => pair(),
@@ -135,43 +155,44 @@ fn disks() -> impl Iterator<Item = Disk> {
 /// Writes rounds of patterns to places all over each disk, and reads them back, on all queues in turn.
 fn verify() {
     let rounds = number("rounds", 2);
-    for mut disk in disks() {
+    for disk in disks() {
         let places = number("places", 64);
         let step = disk.sectors / places;
         for round in 0..rounds {
             for place in 0..places {
-                let queue = (place % u64::from(disk.queues)) as usize;
-                pattern(disk.data(8), place * step, round);
-                expect(disk.write(queue, place * step, 8), 0, "write");
+                let mut queue = disk.queue((place % u64::from(disk.queues)) as usize);
+                pattern(queue.data(8), place * step, round);
+                expect(queue.write(place * step, 8), 0, "write");
                 if place % 16 == 0 {
-                    expect(disk.flush(queue), 0, "flush");
+                    expect(queue.flush(), 0, "flush");
                 }
             }
             for place in 0..places {
-                let queue = ((place + 1) % u64::from(disk.queues)) as usize;
-                expect(disk.read(queue, place * step, 8), 0, "read");
-                check(&mut disk, place * step, round);
+                let mut queue = disk.queue(((place + 1) % u64::from(disk.queues)) as usize);
+                expect(queue.read(place * step, 8), 0, "read");
+                check(queue.data(8), place * step, round);
             }
         }
-        expect(disk.zero(0, 0, 8, true), 0, "discard");
-        expect(disk.read(0, 0, 8), 0, "read");
-        if disk.data(8).iter().any(|word| *word != 0) {
+        let mut queue = disk.queue(0);
+        expect(queue.zero(0, 8, true), 0, "discard");
+        expect(queue.read(0, 8), 0, "read");
+        if queue.data(8).iter().any(|word| *word != 0) {
             say!("WRONG: what was discarded is not zero");
         }
-        expect(disk.flush(0), 0, "flush");
+        expect(queue.flush(), 0, "flush");
         say!("disk of {} sectors: {} rounds are right", disk.sectors, rounds);
     }
 }
 
-fn check(disk: &mut Disk, sector: u64, round: u64) {
+pub fn check(found: &[u64], sector: u64, round: u64) {
     let mut wanted = [0; 512];
     pattern(&mut wanted, sector, round);
-    if *disk.data(8) != wanted {
+    if *found != wanted {
         say!("WRONG: sector {} in round {}", sector, round);
     }
 }
 
-fn expect(status: u8, wanted: u8, what: &str) {
+pub fn expect(status: u8, wanted: u8, what: &str) {
     if status != wanted {
         say!("WRONG: {} answered {}, not {}", what, status, wanted);
     }
@@ -180,35 +201,40 @@ fn expect(status: u8, wanted: u8, what: &str) {
 /// Writes the disk from its start, a flush after each write, and says how far it is; then reads all of it.
 fn fill() {
     let sectors = number("sectors", 1024);
-    for mut disk in disks() {
+    for disk in disks() {
+        let mut queue = disk.queue(0);
         let mut failed = 0;
         for sector in (0..sectors).step_by(8) {
-            pattern(disk.data(8), sector, 0);
-            failed += u64::from(disk.write(0, sector, 8) != 0);
-            failed += u64::from(disk.flush(0) != 0);
+            pattern(queue.data(8), sector, 0);
+            failed += u64::from(queue.write(sector, 8) != 0);
+            failed += u64::from(queue.flush() != 0);
             if sector % 64 == 0 {
                 say!("flushed {}", sector + 8);
             }
         }
         for sector in (0..sectors).step_by(8) {
-            expect(disk.read(0, sector, 8), 0, "read");
+            expect(queue.read(sector, 8), 0, "read");
             if failed == 0 {
-                check(&mut disk, sector, 0);
+                check(queue.data(8), sector, 0);
             }
         }
         say!("filled {}, {} failed", sectors, failed);
+    }
+    // Until it is told from outside.
+    while number("stay", 0) == 1 {
+        core::hint::spin_loop();
     }
 }
 
 /// Writes the same number to two disks for ever, the first one first.
 fn pair() {
-    let mut first = Disk::open(0, 1);
-    let mut second = Disk::open(1, 1);
+    let disks = [Disk::open(0, 1), Disk::open(1, 1)];
     for count in 1_u64.. {
-        for disk in [&mut first, &mut second] {
-            disk.data(1)[0] = count;
-            expect(disk.write(0, 0, 1), 0, "write");
-            expect(disk.flush(0), 0, "flush");
+        for disk in &disks {
+            let mut queue = disk.queue(0);
+            queue.data(1)[0] = count;
+            expect(queue.write(0, 1), 0, "write");
+            expect(queue.flush(), 0, "flush");
         }
         if count % 16 == 0 {
             say!("count {}", count);
@@ -216,20 +242,49 @@ fn pair() {
     }
 }
 
+/// Kicks without requests, also queues that are not there; then the disk works as ever.
+fn storm() {
+    let disk = Disk::open(0, 1);
+    for round in 0..number("kicks", 2000) {
+        disk.kick(0);
+        disk.kick((round * 7919) as u32);
+    }
+    expect(disk.queue(0).write(0, 8), 0, "write");
+    say!("the storm is over");
+}
+
 /// What can't be done is answered so.
 fn errors() {
-    let mut disk = Disk::open(0, 1);
-    let sectors = disk.sectors;
-    expect(disk.read(0, sectors, 1), 1, "a read past the end");
-    expect(disk.write(0, sectors - 1, 2), 1, "a write past the end");
-    expect(disk.request(0, 99, 0, 0, false), 2, "a request that is none");
-    expect(disk.read(0, 0, 1), 0, "read");
+    let disk = Disk::open(0, 1);
+    let (mut queue, sectors) = (disk.queue(0), disk.sectors);
+    for shape in [Shape::Plain, Shape::Indirect, Shape::Pieces] {
+        queue.shape = shape;
+        expect(queue.read(sectors, 1), 1, "a read past the end");
+        expect(queue.write(sectors - 1, 2), 1, "a write past the end");
+        expect(queue.zero(sectors - 1, 2, false), 1, "zeroes past the end");
+        expect(queue.zero(0, u32::MAX, true), 1, "a discard of too much");
+        expect(queue.request(1, 0, 100, false), 1, "a part of a sector");
+        expect(queue.request(99, 0, 0, false), 2, "a request that is none");
+        expect(queue.request(8, 0, 20, true), 0, "the serial");
+        expect(queue.flush(), 0, "flush");
+        let writes = number("read_only", 0) as u8;
+        expect(queue.write(0, 1), writes, "write");
+        expect(queue.zero(0, 1, true), writes, "discard");
+        expect(queue.read(0, 1), 0, "read");
+    }
     say!("errors are right");
 }
 
-/// A ring that makes no sense: the device says that it needs a reset, and works after one.
+/// A ring that makes no sense, again and again: the device says that it needs a reset, and works after one.
 fn break_it() {
-    let mut disk = Disk::open(0, 1);
+    for _ in 0..number("times", 1) {
+        break_once();
+    }
+    say!("the device failed and works again");
+}
+
+fn break_once() {
+    let disk = Disk::open(0, 1);
     disk.break_ring();
     let mut waited = 0_u64;
     while disk.status() & 64 == 0 {
@@ -239,7 +294,6 @@ fn break_it() {
             return;
         }
     }
-    let mut disk = Disk::open(0, 1);
-    expect(disk.read(0, 0, 1), 0, "read");
-    say!("the device failed and works again");
+    let disk = Disk::open(0, 1);
+    expect(disk.queue(0).read(0, 1), 0, "read");
 }

@@ -26,6 +26,7 @@ _start:
     jnz 1b
     mov %cr3, %rax
     mov %rax, %cr3
+    mov %eax, trampoline_tables(%rip)
     # The boot loader's table has no segments for ring 3.
     lgdt gdt_pointer(%rip)
     # Ports are allowed by the task segment's bitmap: a software KVM forgets the level in the flags.
@@ -46,6 +47,70 @@ _start:
     iretq
 3:  call main
 
+# Another CPU, in 64-bit mode, on its way to ring 3: its stack is the one that `start_cpu` has put there.
+other_cpu:
+    mov $0x10, %ax
+    mov %ax, %ds
+    mov %ax, %es
+    mov %ax, %ss
+    cmpl $1, other_fault(%rip)
+    jb 3f
+    je 1f
+    cmpl $3, other_fault(%rip)
+    je 2f
+    mov $0x7FFFFFFFF000, %rax   # nothing is there
+    jmp *%rax
+1:  mov $0xD0000000, %rax       # a device's register, by an instruction that nobody emulates
+    fldl (%rax)
+2:  mov $0x7F000000, %rax       # page tables where there is no memory
+    mov %rax, %cr3
+    hlt
+3:  mov other_stack(%rip), %rsp
+    mov $0x28, %ax
+    ltr %ax
+    lea -8(%rsp), %rax
+    pushq $0x1B
+    push %rax
+    pushq $0x3002
+    pushq $0x23
+    pushq $other_main
+    iretq
+
+# Where it begins, in real mode: copied to low memory before.
+    .section .data
+    .globl trampoline, trampoline_end, other_stack, task_access
+    .code16
+trampoline:
+    cli
+    mov %cs, %ax
+    mov %ax, %ds
+    lgdtl trampoline_gdt - trampoline
+    mov %cr4, %eax
+    or $0x620, %eax             # physical address extension, SSE
+    mov %eax, %cr4
+    mov trampoline_tables - trampoline, %eax
+    mov %eax, %cr3
+    mov $0xC0000080, %ecx       # long mode
+    rdmsr
+    or $0x100, %eax
+    wrmsr
+    mov %cr0, %eax
+    and $~0x60000004, %eax
+    or $0x80000003, %eax
+    mov %eax, %cr0
+    ljmpl $0x08, $other_cpu
+trampoline_gdt:
+    .word 55
+    .long gdt
+trampoline_tables:
+    .long 0
+trampoline_end:
+    .code64
+    .balign 8
+other_stack: .quad 0
+    .globl other_fault
+other_fault: .long 0
+
     .section .data
     .balign 8
 gdt:
@@ -56,7 +121,9 @@ gdt:
     .quad 0x00AFFB000000FFFF   # 0x20 code, ring 3
 task_descriptor:               # 0x28
     .word task_end - task - 1, 0
-    .byte 0, 0x89, 0, 0
+    .byte 0
+task_access:
+    .byte 0x89, 0, 0
     .quad 0
 gdt_pointer:
     .word 55

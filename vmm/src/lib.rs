@@ -12,5 +12,6 @@ pub mod life;
 pub mod loader;
 pub mod machine;
 pub mod memory;
+pub mod sandbox;
 pub mod saved;
 pub mod virtio;

@@ -34,6 +34,8 @@ pub struct Hardware {
     pub memory: u64,
     /// Disks, [`MAX_DISKS`] at most.
     pub disks: Vec<Arc<Block>>,
+    /// Whether the threads that the guest speaks to are fenced in: see [`crate::sandbox`].
+    pub sandbox: bool,
 }
 
 /// Why there is no life.
@@ -110,7 +112,8 @@ impl Life {
         let devices = Arc::new(attach(hardware, &vm, &memory, (serial, Clock::default()), &reporter)?);
         let vcpus = (0..hardware.cpus).map(|number| vm.vcpu(number)).collect::<Result<Vec<_>, _>>()?;
         vcpus[0].enter(&memory, entry)?;
-        let vcpus = Vcpus::start(vcpus, &devices, &reporter).map_err(|error| KvmError::Failed("start vCPUs", error))?;
+        let vcpus =
+            Vcpus::start(vcpus, &devices, &reporter, hardware.sandbox).map_err(|error| KvmError::Failed("start vCPUs", error))?;
         Ok(Self { vcpus, devices, vm })
     }
 
@@ -142,7 +145,8 @@ impl Life {
             let mut registers = disk.lock().unwrap_or_else(PoisonError::into_inner);
             registers.restore(state).map_err(StartError::Hardware)?;
         }
-        let vcpus = Vcpus::start(vcpus, &devices, &reporter).map_err(|error| KvmError::Failed("start vCPUs", error))?;
+        let vcpus =
+            Vcpus::start(vcpus, &devices, &reporter, hardware.sandbox).map_err(|error| KvmError::Failed("start vCPUs", error))?;
         Ok(Self { vcpus, devices, vm })
     }
 
@@ -178,10 +182,9 @@ impl Life {
         self.vcpus.go();
     }
 
-    /// Bytes for the guest's serial port.
-    pub fn input(&self, bytes: &[u8]) {
-        let mut serial = self.devices.ports.serial().lock().unwrap_or_else(PoisonError::into_inner);
-        serial.input(bytes);
+    /// The guest's serial port.
+    pub fn serial(&self) -> Arc<Mutex<SerialPort>> {
+        Arc::clone(self.devices.ports.serial())
     }
 }
 
@@ -211,9 +214,10 @@ fn attach(hardware: &Hardware, vm: &Vm, memory: &Memory, ported: Ported, reporte
     let stalls = Arc::new(Stalls(Mutex::new(reporter.clone())));
     let mut disks = Vec::new();
     for (number, block) in hardware.disks.iter().enumerate() {
-        let workers = Workers::start(number, Arc::clone(block), memory.clone(), Arc::clone(&stalls) as _).map_err(host)?;
+        let (block, observer) = (Arc::clone(block), Arc::clone(&stalls) as _);
+        let workers = Workers::start(number, block, memory.clone(), observer, hardware.sandbox).map_err(host)?;
         vm.interrupt_on(&workers.line().interrupt, disk_line(number))?;
-        for queue in 0..block.queues() {
+        for queue in 0..workers.block().queues() {
             if let Some(kick) = workers.kick_of(usize::from(queue)) {
                 vm.kick_on_write(kick, disk_registers(number) + NOTIFY, u32::from(queue))?;
             }

@@ -93,30 +93,39 @@ impl Memory {
         Ok(slice.ptr_guard_mut().as_ptr())
     }
 
-    /// Calls `fill` with buffers that are these segments, for a disk to put its bytes into.
+    /// Calls `fill` with buffers that are these segments, for a disk to put its bytes into, and which byte of them all is
+    /// the first: in one call, or in one for each segment where two of them share bytes.
     ///
     /// # Errors
-    /// [`Outside`]; `fill` was not called then.
-    pub fn fill<T>(&self, segments: &[Segment], fill: impl FnOnce(&mut [IoSliceMut<'_>]) -> T) -> Result<T, Outside> {
+    /// [`Outside`]; `fill` was not called then. As `fill` fails.
+    pub fn fill<E>(
+        &self,
+        segments: &[Segment],
+        mut fill: impl FnMut(&mut [IoSliceMut<'_>], u64) -> Result<(), E>,
+    ) -> Result<Result<(), E>, Outside> {
         let pieces = self.pieces(segments)?;
-        if overlap(segments) {
-            // Two Rust buffers are never the same bytes: read to the side, then copy in order.
-            let mut aside: Vec<Vec<u8>> = segments.iter().map(|segment| vec![0; segment.len as usize]).collect();
-            let mut buffers: Vec<_> = aside.iter_mut().map(|bytes| IoSliceMut::new(bytes)).collect();
-            let answer = fill(&mut buffers);
-            for (segment, bytes) in segments.iter().zip(&aside) {
-                self.write(segment.address, bytes)?;
+        // Two Rust buffers are never the same bytes.
+        let at_once = if overlap(segments) { 1 } else { pieces.len().max(1) };
+        let mut first = 0;
+        for pieces in pieces.chunks(at_once) {
+            if let Err(error) = fill(&mut self.buffers(pieces), first) {
+                return Ok(Err(error));
             }
-            return Ok(answer);
+            first += pieces.iter().map(|(_, len)| *len as u64).sum::<u64>();
         }
-        let buffers = pieces.into_iter().map(|(start, len)| {
+        Ok(Ok(()))
+    }
+
+    /// Buffers that are these pieces of [`Self::pieces`], of which no two share a byte.
+    fn buffers(&self, pieces: &[(*mut u8, usize)]) -> Vec<IoSliceMut<'_>> {
+        let buffers = pieces.iter().map(|&(start, len)| {
             // SAFETY: `pieces` found `len` bytes of a mapping from `start` on, which `self` keeps mapped while `fill`
             // runs. No other buffer of this call has a byte of them. The guest, and other requests that it aims at
             // the same bytes, may change them meanwhile: they are plain bytes, that have no value which is invalid,
             // and nothing that decides anything is read through them; the kernel copies to or from them.
             IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(start, len) })
         });
-        Ok(fill(&mut buffers.collect::<Vec<_>>()))
+        buffers.collect()
     }
 
     /// Calls `drain` with buffers that are these segments, for a disk to take its bytes from.
@@ -180,11 +189,13 @@ mod tests {
         let memory = Memory::new(0x10000).unwrap();
         let segments = [segment(0x2000, 2), segment(0, 0), segment(0x1000, 3)];
         memory
-            .fill(&segments, |buffers| {
-                assert_eq!(buffers.len(), 2);
+            .fill(&segments, |buffers, first| {
+                assert_eq!((buffers.len(), first), (2, 0));
                 buffers[0].copy_from_slice(b"ab");
                 buffers[1].copy_from_slice(b"cde");
+                Ok::<(), Outside>(())
             })
+            .unwrap()
             .unwrap();
         let taken = memory.drain(&segments, |buffers| buffers.iter().flat_map(|b| b.to_vec()).collect::<Vec<_>>()).unwrap();
         assert_eq!(taken, b"abcde");
@@ -193,12 +204,18 @@ mod tests {
     #[test]
     fn segments_that_overlap_are_filled_in_order() {
         let memory = Memory::new(0x10000).unwrap();
+        let mut firsts = Vec::new();
         memory
-            .fill(&[segment(0x1000, 4), segment(0x1002, 4)], |buffers| {
-                buffers[0].copy_from_slice(b"aaaa");
-                buffers[1].copy_from_slice(b"bbbb");
+            .fill(&[segment(0x1000, 4), segment(0x1002, 4)], |buffers, first| {
+                firsts.push(first);
+                let content = if first == 0 { b"aaaa" } else { b"bbbb" };
+                assert_eq!(buffers.len(), 1);
+                buffers[0].copy_from_slice(content);
+                Ok::<(), Outside>(())
             })
+            .unwrap()
             .unwrap();
+        assert_eq!(firsts, [0, 4]);
         let mut bytes = [0; 6];
         memory.read(0x1000, &mut bytes).unwrap();
         assert_eq!(&bytes, b"aabbbb");

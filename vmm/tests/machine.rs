@@ -7,8 +7,15 @@
 
 mod support;
 
+use std::io::{BufRead, BufReader, PipeWriter, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, fcntl};
+use vhd_service::events::Events;
 use vhd_testkit::fixture::Kind;
-use vhd_vmm::machine::{Command, Reason, State};
+use vhd_vmm::machine::{Command, Definition, Machine, Reason, SharedConsole, State};
 use vhd_vmm::virtio::block::BlockOptions;
 
 use support::{KINDS, PATIENCE, attached, definition, kvm, machine, make_disk, open, run};
@@ -67,8 +74,9 @@ fn a_guest_that_asks_for_nonsense_is_answered_or_its_device_fails() {
     }
     let folder = tempfile::tempdir().unwrap();
     let disk = make_disk(folder.path(), "disk", Kind::Dynamic, 8 << 20);
-    for what in ["errors", "break"] {
-        run(definition(&format!("do={what}"), vec![attached(&disk, BlockOptions::default())]));
+    for (what, read_only) in [("errors", false), ("errors read_only=1", true), ("break", false)] {
+        let options = BlockOptions { read_only, ..Default::default() };
+        run(definition(&format!("do={what}"), vec![attached(&disk, options)]));
     }
 }
 
@@ -101,6 +109,88 @@ fn a_triple_fault_is_a_state() {
     said.wait_for("do=fault\n", 2);
     machine.wait(PATIENCE, |state| *state != State::Running);
     machine.command(Command::Off).unwrap();
+}
+
+/// What a kernel can't go on from, its vCPU, and what is told of it.
+#[test]
+fn a_kernel_that_can_not_go_on_is_faulted_with_the_reason() {
+    if !kvm() {
+        return;
+    }
+    for (how, why) in [(1, "an instruction that KVM can't emulate: dd 00"), (2, "triple fault"), (3, "triple fault")] {
+        let definition = definition(&format!("do=fault how={how}"), vec![]);
+        let (machine, _, events) = machine(Definition { cpus: 2, ..definition });
+        let events = events.subscribe();
+        machine.command(Command::Start).unwrap();
+        let state = machine.wait(PATIENCE, |state| *state != State::Running);
+        let State::Faulted(told) = &state else { panic!("{how}: {state:?}") };
+        assert!(told.starts_with("vCPU 1 at 0x") && told.contains(why), "{how}: {told}");
+        let crash = events.try_iter().find(|event| event.kind == "crash");
+        assert!(crash.is_some_and(|event| event.message.contains(told)));
+        machine.command(Command::Off).unwrap();
+    }
+}
+
+/// Bytes of the pipe that stands for a terminal.
+const PIPE: usize = 4096;
+
+/// A pipe, and how many bytes it has taken.
+struct Counted(PipeWriter, Arc<AtomicUsize>);
+
+impl Write for Counted {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.write(bytes).inspect(|len| drop(self.1.fetch_add(*len, Ordering::SeqCst)))
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_console_that_takes_nothing_stops_the_guest_and_not_the_machine() {
+    if !kvm() {
+        return;
+    }
+    let (reader, writer) = std::io::pipe().unwrap();
+    fcntl(&writer, FcntlArg::F_SETPIPE_SZ(PIPE as i32)).unwrap();
+    let said = Arc::<AtomicUsize>::default();
+    let console = SharedConsole::new(Counted(writer, Arc::clone(&said)));
+    let machine = Machine::new(definition("do=flood", vec![]), console, Events::default()).unwrap();
+    machine.command(Command::Start).unwrap();
+    let begin = Instant::now();
+    while said.load(Ordering::SeqCst) < PIPE {
+        assert!(begin.elapsed() < PATIENCE, "the guest does not fill a pipe");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    for _ in 0..3 {
+        machine.input(b"typed");
+        machine.command(Command::Pause).unwrap();
+        machine.command(Command::Resume).unwrap();
+    }
+    machine.command(Command::Pause).unwrap();
+    // What was said is there, in order and whole: a pause loses nothing.
+    machine.command(Command::Resume).unwrap();
+    let mut lines = BufReader::new(reader).lines().skip(1);
+    for _ in 0..500 {
+        let line = lines.next().unwrap().unwrap();
+        assert_eq!(line, "a line that says nothing, again and again, for as long as somebody listens");
+    }
+    drop(lines);
+    machine.command(Command::Off).unwrap();
+}
+
+#[test]
+fn kicks_without_requests_and_broken_rings_harm_nothing() {
+    if !kvm() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let disk = make_disk(folder.path(), "disk", Kind::Dynamic, 8 << 20);
+    let said = run(definition("do=storm", vec![attached(&disk, BlockOptions::default())]));
+    assert!(said.contains("the storm is over"), "{said}");
+    let said = run(definition("do=break times=40", vec![attached(&disk, BlockOptions::default())]));
+    assert!(said.contains("the device failed and works again"), "{said}");
 }
 
 #[test]

@@ -50,7 +50,7 @@ impl Guest {
         let block = Arc::new(Block::new(disk, &BlockOptions { queues, ..Default::default() }));
         let memory = Memory::new(MEMORY).unwrap();
         let (sender, stalls) = channel();
-        let workers = Workers::start(3, block, memory.clone(), Arc::new(Stalls(Mutex::new(sender)))).unwrap();
+        let workers = Workers::start(3, block, memory.clone(), Arc::new(Stalls(Mutex::new(sender))), true).unwrap();
         Self { registers: Registers::new(workers), memory, storage, stalls }
     }
 

@@ -11,6 +11,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use super::bus::Devices;
 use super::{Incident, Reporter};
 use crate::kvm::{Exit, KvmError, Vcpu, VcpuState};
+use crate::sandbox::{self, Kind};
 
 /// How often vCPUs that are to stop are called again: a signal that comes before the guest is entered is lost.
 const CALL_EVERY: Duration = Duration::from_millis(2);
@@ -79,7 +80,7 @@ fn call_signal() -> i32 {
 
 impl Vcpus {
     /// Starts the threads; they stand still.
-    pub fn start(vcpus: Vec<Vcpu>, devices: &Arc<Devices>, reporter: &Reporter) -> io::Result<Self> {
+    pub fn start(vcpus: Vec<Vcpu>, devices: &Arc<Devices>, reporter: &Reporter, sandbox: bool) -> io::Result<Self> {
         register_signal_handler(call_signal(), called).map_err(io::Error::from)?;
         let gate = Gate { state: Mutex::new((Wanted::Stand, 0)), changed: Condvar::new(), stop: true.into() };
         let mut all = Self { gate: Arc::new(gate), vcpus: Vec::new(), threads: Vec::new() };
@@ -88,7 +89,12 @@ impl Vcpus {
             let thread = std::thread::Builder::new().name(format!("vcpu {}", vcpu.number()));
             let vcpu = Arc::new(Mutex::new(vcpu));
             all.vcpus.push(Arc::clone(&vcpu));
-            all.threads.push(thread.spawn(move || run(&vcpu, &gate, &devices, &reporter))?);
+            all.threads.push(thread.spawn(move || {
+                if sandbox && let Err(error) = sandbox::enter(Kind::Vcpu) {
+                    return reporter.tell(Incident::Fault(format!("a vCPU has no sandbox: {error}")));
+                }
+                run(&vcpu, &gate, &devices, &reporter);
+            })?);
         }
         Ok(all)
     }

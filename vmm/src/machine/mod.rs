@@ -54,6 +54,8 @@ pub struct Definition {
     pub low_space: u64,
     /// Where its saved state goes; without it, it can't be saved.
     pub state_file: Option<PathBuf>,
+    /// Whether the threads that the guest speaks to are fenced in: see [`crate::sandbox`].
+    pub sandbox: bool,
 }
 
 /// A machine. A cheap clone; the guest ends when the last one is dropped.
@@ -106,7 +108,8 @@ impl Machine {
     /// As the host has no thread for it.
     pub fn new(definition: Definition, console: SharedConsole, events: Events) -> Result<Self, Error> {
         let blocks = definition.disks.iter().map(|disk| Arc::new(Block::new(disk.live.disk(), &disk.options)));
-        let hardware = Hardware { cpus: definition.cpus, memory: definition.memory, disks: blocks.collect() };
+        let (cpus, memory, sandbox) = (definition.cpus, definition.memory, definition.sandbox);
+        let hardware = Hardware { cpus, memory, disks: blocks.collect(), sandbox };
         let (reports, incidents) = channel();
         let saved = definition.state_file.as_ref().is_some_and(|file| file.exists());
         let state = if saved { State::Saved } else { State::Off };
@@ -173,8 +176,10 @@ impl Machine {
 
     /// Bytes for the guest's serial port.
     pub fn input(&self, bytes: &[u8]) {
-        if let Some(life) = &self.0.shared.lock().life {
-            life.input(bytes);
+        // The port may wait for its console, and what is told to the machine must not wait for that.
+        let port = self.0.shared.lock().life.as_ref().map(Life::serial);
+        if let Some(port) = port {
+            port.lock().unwrap_or_else(PoisonError::into_inner).input(bytes);
         }
     }
 

@@ -14,10 +14,13 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::block::{Block, QueueOwner, Served, Stall};
 use super::{QUEUE_SIZE, status};
 use crate::memory::Memory;
+use crate::sandbox::{self, Kind};
 
 /// Bits of the interrupt status.
 const INTERRUPT_USED: u32 = 1;
 const INTERRUPT_CONFIG: u32 = 2;
+/// Failures of a device that are told in the log.
+const MAX_TOLD: u32 = 10;
 
 /// Who is told that a request is kept because the host can't do it.
 pub trait StallObserver: Send + Sync {
@@ -63,6 +66,22 @@ struct Shared {
     paused: AtomicBool,
     ended: AtomicBool,
     observer: Arc<dyn StallObserver>,
+    /// How often it has failed.
+    failures: AtomicU32,
+}
+
+impl Shared {
+    /// The device has failed, and its driver is told so.
+    fn fail(&self, why: &str) {
+        // A guest can break its devices as often as it likes, and the log has an end.
+        match self.failures.fetch_add(1, Ordering::Relaxed) {
+            MAX_TOLD.. => tracing::debug!("disk {}: {why}", self.index),
+            _ => tracing::warn!("disk {}: {why}; it does nothing more until it is reset", self.index),
+        }
+        self.running.store(false, Ordering::SeqCst);
+        self.line.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
+        self.line.raise(INTERRUPT_CONFIG);
+    }
 }
 
 impl QueueOwner for Shared {
@@ -82,24 +101,35 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Starts the threads of the disk with this index.
+    /// Starts the threads of the disk with this index, fenced in or not.
     ///
     /// # Errors
     /// As the host has no more threads or event counters.
-    pub fn start(index: usize, block: Arc<Block>, memory: Memory, observer: Arc<dyn StallObserver>) -> io::Result<Self> {
+    pub fn start(
+        index: usize,
+        block: Arc<Block>,
+        memory: Memory,
+        observer: Arc<dyn StallObserver>,
+        sandbox: bool,
+    ) -> io::Result<Self> {
         let line = Line { status: 0.into(), pending: 0.into(), interrupt: EventFd::new(EFD_NONBLOCK)? };
         let slot = |_| {
             let queue = Queue::new(QUEUE_SIZE).map_err(io::Error::other)?;
             Ok::<_, io::Error>(Slot { queue: Mutex::new(queue), kick: EventFd::new(0)? })
         };
         let slots = (0..block.queues()).map(slot).collect::<Result<Vec<_>, _>>()?;
-        let (running, paused, ended) = Default::default();
-        let shared = Arc::new(Shared { index, block, memory, line, slots, running, paused, ended, observer });
+        let (running, paused, ended, failures) = Default::default();
+        let shared = Arc::new(Shared { index, block, memory, line, slots, running, paused, ended, observer, failures });
         let mut workers = Self { threads: Vec::new(), shared };
         for number in 0..workers.shared.slots.len() {
             let shared = Arc::clone(&workers.shared);
             let thread = std::thread::Builder::new().name(format!("disk {index} queue {number}"));
-            workers.threads.push(thread.spawn(move || serve(&shared, number))?);
+            workers.threads.push(thread.spawn(move || {
+                if sandbox && let Err(error) = sandbox::enter(Kind::Disk) {
+                    return shared.fail(&format!("a thread has no sandbox: {error}"));
+                }
+                serve(&shared, number);
+            })?);
         }
         Ok(workers)
     }
@@ -206,10 +236,7 @@ fn serve(shared: &Shared, number: usize) {
             }
             Err(broken) => {
                 drop(queue);
-                tracing::warn!("disk {}: {broken}; it does nothing more until it is reset", shared.index);
-                shared.running.store(false, Ordering::SeqCst);
-                shared.line.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
-                shared.line.raise(INTERRUPT_CONFIG);
+                shared.fail(&broken.to_string());
             }
         }
     }

@@ -118,7 +118,8 @@ impl Block {
         match &request.action {
             Action::Refuse(status) => return Err(Failure::Answer(*status)),
             Action::Read(offset) => {
-                memory.fill(&request.data, |buffers| self.disk.read_vectored_at(buffers, *offset))??;
+                memory
+                    .fill(&request.data, |buffers, first| self.disk.read_vectored_at(buffers, offset.saturating_add(first)))??;
             }
             Action::Write(offset) => {
                 self.refuse_read_only()?;
@@ -138,11 +139,12 @@ impl Block {
             }
             Action::GetId => {
                 let mut id = self.serial.iter().copied();
-                memory.fill(&request.data, |buffers: &mut [IoSliceMut<'_>]| {
+                memory.fill(&request.data, |buffers: &mut [IoSliceMut<'_>], _| {
                     for byte in buffers.iter_mut().flat_map(|buffer| buffer.iter_mut()) {
                         *byte = id.next().unwrap_or(0);
                     }
-                })?;
+                    Ok::<(), Error>(())
+                })??;
             }
         }
         Ok(())
