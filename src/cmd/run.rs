@@ -28,13 +28,13 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Arguments of `vhd run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// The kernel: an ELF file or a bzImage
+    /// The kernel: an ELF file or a bzImage; without it, the one that is installed on the first disk, as its boot menu says
     #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
+    kernel: Option<PathBuf>,
     /// The initial RAM disk
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// The kernel's command line
+    /// The kernel's command line; added to that of the boot menu without --kernel
     #[arg(long, value_name = "LINE", default_value = "console=ttyS0 panic=-1")]
     append: String,
     /// A disk; may be given more than once, the guest finds them in this order
@@ -117,7 +117,7 @@ impl RunArgs {
         let name = self.name();
         let socket = socket_of(&name)?;
         let disks = self.open_disks(context)?;
-        let state = self.live(&name, &socket, disks, &stop)?;
+        let state = self.live((&name, &socket), disks, context, &stop)?;
         // The disks are closed now. A guest that was saved needs its undo disks to go on.
         if state != State::Saved {
             self.end_undo(context)?;
@@ -139,7 +139,13 @@ impl RunArgs {
     }
 
     /// The machine, until it is off. Returns its last state.
-    fn live(&self, name: &str, socket: &Path, disks: Vec<MachineDisk>, stop: &AtomicBool) -> Result<State, Error> {
+    fn live(
+        &self,
+        (name, socket): (&str, &Path),
+        disks: Vec<MachineDisk>,
+        context: &Context,
+        stop: &AtomicBool,
+    ) -> Result<State, Error> {
         let boot = Boot { kernel: self.kernel.clone(), initrd: self.initrd.clone(), command_line: self.append.clone() };
         let definition = Definition {
             name: name.to_owned(),
@@ -157,6 +163,9 @@ impl RunArgs {
         // A guest that was saved goes on; to begin anew, its state must be discarded.
         let begin = if machine.state() == State::Saved { Command::Restore } else { Command::Start };
         machine.command(begin)?;
+        if let Some(chosen) = machine.chosen_kernel() {
+            context.note(&chosen);
+        }
         let terminal = terminal::Terminal::attach(machine.clone())?;
         let state = wait(&machine, stop, &terminal);
         drop((terminal, control));
