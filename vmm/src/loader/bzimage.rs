@@ -93,14 +93,17 @@ pub fn unpack(packed: &[u8]) -> Result<Option<Vec<u8>>, String> {
     }
 }
 
-/// The old frame of lz4: pieces of 8 MiB, each with the length of its packed bytes before it.
+/// The old frame of lz4: pieces of 8 MiB, each with the length of its packed bytes before it; behind them, in a bzImage,
+/// the length of what was packed.
 fn unpack_lz4(mut rest: &[u8]) -> Result<Vec<u8>, String> {
     const PIECE: usize = 8 << 20;
     let mut unpacked = Vec::new();
     while let Some((len, behind)) = rest.split_first_chunk::<4>() {
         let len = u32::from_le_bytes(*len) as usize;
-        // The length of the whole stands at the end.
-        let Some(piece) = behind.get(..len).filter(|_| !behind.is_empty()) else { break };
+        if behind.is_empty() && len == unpacked.len() {
+            break;
+        }
+        let piece = behind.get(..len).ok_or("can't be unpacked: it is cut")?;
         unpacked.extend(lz4_flex::block::decompress(piece, PIECE).map_err(|error| format!("can't be unpacked: {error}"))?);
         if unpacked.len() as u64 > MAX_UNPACKED {
             return Err(format!("is more than {MAX_UNPACKED} bytes unpacked"));

@@ -204,7 +204,7 @@ impl<'a> Grub<'a> {
             ["-n", word] => !word.is_empty(),
             ["-z", word] => word.is_empty(),
             ["-s", path] => self.file(path)?.is_some_and(|text| !text.is_empty()),
-            ["-f" | "-e", path] => self.file(path)?.is_some(),
+            ["-f" | "-e", path] => self.place(path).is_ok_and(|place| exists(&self.volumes[place.volume], &place.path)),
             ["-d", path] => self.place(path).is_ok_and(|place| !self.volumes[place.volume].list(&place.path).is_empty()),
             [a, "=" | "==", b] => a == b,
             [a, "!=", b] => a != b,
@@ -270,7 +270,7 @@ impl<'a> Grub<'a> {
         let found = self.volumes.iter().find(|volume| match by {
             "uuid" => volume.uuid.eq_ignore_ascii_case(what),
             "label" => volume.label == what,
-            _ => menu(volume, what).is_ok_and(|text| text.is_some()),
+            _ => exists(volume, what),
         });
         let Some(device) = found.map(device_of) else { return false };
         if let Some(name) = to {
@@ -344,6 +344,11 @@ fn pick(items: &[Item], wanted: &str) -> Result<Item, String> {
     let named = || items.iter().find(|item| item.id == wanted || item.title == wanted);
     let found = number.or_else(named).or(items.first());
     found.cloned().ok_or_else(|| "has a menu without entries".to_owned())
+}
+
+/// Whether there is such a file; one that is too large for a menu is one.
+fn exists(volume: &Volume, path: &str) -> bool {
+    !matches!(menu(volume, path), Ok(None))
 }
 
 fn device_of(volume: &Volume) -> String {
