@@ -31,13 +31,13 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Arguments of `vhd run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// The kernel: an ELF file or a bzImage
+    /// The kernel: an ELF file or a bzImage; without it, the one that is installed on the first disk, as its boot menu says
     #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
+    kernel: Option<PathBuf>,
     /// The initial RAM disk
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// The kernel's command line
+    /// The kernel's command line; added to that of the boot menu without --kernel
     #[arg(long, value_name = "LINE", default_value = "console=ttyS0 panic=-1")]
     append: String,
     /// A disk; may be given more than once, the guest finds them in this order
@@ -178,6 +178,9 @@ impl RunArgs {
         // A guest that was saved goes on; to begin anew, its state must be discarded.
         let begin = if machine.state() == State::Saved { Command::Restore } else { Command::Start };
         machine.command(begin)?;
+        if let Some(chosen) = machine.chosen_kernel() {
+            context.note(&chosen);
+        }
         let terminal = terminal::Terminal::attach(machine.clone())?;
         let state = wait(&machine, stop, &terminal);
         drop((terminal, control));
@@ -204,7 +207,7 @@ impl RunArgs {
         // What an undo disk is committed to.
         self.disks.iter().filter(|_| self.undo).for_each(|image| files.add_image(image, true));
         let boot = &definition.boot;
-        boot.initrd.iter().chain([&boot.kernel]).for_each(|file| files.add(file, Access::Read));
+        boot.initrd.iter().chain(&boot.kernel).for_each(|file| files.add(file, Access::Read));
         files.add(folder_of(&self.state_file(&definition.name)), Access::Write);
         files.add(folder_of(socket), Access::Sockets);
         files.add(Path::new("/dev/kvm"), Access::Device);

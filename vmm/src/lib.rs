@@ -6,6 +6,7 @@
 
 pub mod acpi;
 pub mod devices;
+pub mod installed;
 pub mod kvm;
 pub mod layout;
 pub mod life;

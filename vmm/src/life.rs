@@ -15,7 +15,7 @@ use crate::acpi;
 use crate::devices::{Clock, Console, Ports, Request, SerialPort};
 use crate::kvm::{KvmError, Vm};
 use crate::layout::{MAX_DISKS, SERIAL_LINE, disk_line, disk_registers};
-use crate::loader::{self, Boot, LoadError};
+use crate::loader::{self, Boot, Kernel, LoadError};
 use crate::memory::Memory;
 use crate::saved::{self, DiskIdentity, SavedState};
 use crate::virtio::block::{Block, Stall};
@@ -95,18 +95,26 @@ pub struct Life {
     vcpus: Vcpus,
     devices: Arc<Devices>,
     vm: Arc<Vm>,
+    chosen: Option<String>,
 }
 
 impl Life {
+    /// Which kernel was chosen, where it was found on a disk.
+    #[must_use]
+    pub fn chosen(&self) -> Option<&str> {
+        self.chosen.as_deref()
+    }
+
     /// Turns a machine on; it stands still until [`Life::resume`].
     ///
     /// # Errors
     /// [`StartError`].
     pub fn boot(hardware: &Hardware, boot: &Boot, console: Console, reporter: Reporter) -> Result<Self, StartError> {
         let memory = check(hardware)?;
+        let kernel = Kernel::read(boot, hardware.disks.first().map(|block| block.disk()))?;
         let outside = |error| StartError::Hardware(format!("the machine's tables do not fit: {error}"));
         let root = acpi::write_tables(&memory, hardware.cpus, hardware.disks.len()).map_err(outside)?;
-        let entry = loader::load(&memory, boot, root)?;
+        let entry = loader::load(&memory, &kernel, root)?;
         let vm = Arc::new(Vm::new(memory.clone())?);
         let serial = SerialPort::new(console).map_err(|error| KvmError::Failed("connect devices", error))?;
         let devices = Arc::new(attach(hardware, &vm, &memory, (serial, Clock::default()), &reporter)?);
@@ -114,7 +122,7 @@ impl Life {
         vcpus[0].enter(&memory, entry)?;
         let vcpus =
             Vcpus::start(vcpus, &devices, &reporter, hardware.sandbox).map_err(|error| KvmError::Failed("start vCPUs", error))?;
-        Ok(Self { vcpus, devices, vm })
+        Ok(Self { vcpus, devices, vm, chosen: kernel.chosen })
     }
 
     /// Goes on from a saved state, whose memory this is; it stands still until [`Life::resume`].
@@ -147,7 +155,7 @@ impl Life {
         }
         let vcpus =
             Vcpus::start(vcpus, &devices, &reporter, hardware.sandbox).map_err(|error| KvmError::Failed("start vCPUs", error))?;
-        Ok(Self { vcpus, devices, vm })
+        Ok(Self { vcpus, devices, vm, chosen: None })
     }
 
     /// Writes its state to a file; it stands still.

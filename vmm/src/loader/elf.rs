@@ -1,6 +1,7 @@
 //! Kernels that are ELF files.
 
 use std::io::Cursor;
+use std::ops::Range;
 
 use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
@@ -74,7 +75,7 @@ fn examine(memory: &Memory, bytes: &[u8]) -> Result<(u64, u64), String> {
     }
     let start = usize::try_from(header.program_headers.get()).ok().and_then(|start| bytes.get(start..));
     let mut rest = start.ok_or_else(|| "is cut: its program headers are past its end".to_owned())?;
-    let mut end = 0;
+    let mut taken: Vec<Range<u64>> = Vec::new();
     for number in 0..header.program_header_count.get() {
         let (segment, behind) =
             ProgramHeader::read_from_prefix(rest).map_err(|_| format!("is cut: it has no program header {number}"))?;
@@ -95,10 +96,13 @@ fn examine(memory: &Memory, bytes: &[u8]) -> Result<(u64, u64), String> {
                 "belongs at {start:#x} with {size} bytes, which is not between {HIGH_START:#x} and the end of {memory} bytes of memory"
             ));
         }
-        end = end.max(segment_end.unwrap_or(0));
+        taken.push(start..segment_end.unwrap_or(start));
     }
-    if end == 0 {
-        return Err("has nothing to load".to_owned());
+    taken.retain(|range| !range.is_empty());
+    taken.sort_unstable_by_key(|range| range.start);
+    if let Some(pair) = taken.windows(2).find(|pair| pair[0].end > pair[1].start) {
+        return Err(format!("has two segments for one place, {:#x}", pair[1].start));
     }
+    let end = taken.last().ok_or("has nothing to load")?.end;
     Ok((header.entry.get(), end))
 }

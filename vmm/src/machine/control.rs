@@ -64,7 +64,7 @@ impl Machine {
             "pid": std::process::id(),
             "cpus": definition.cpus,
             "memory": definition.memory,
-            "kernel": definition.boot.kernel.to_string_lossy(),
+            "kernel": definition.boot.kernel.as_ref().map(|kernel| kernel.to_string_lossy()),
             "command_line": definition.boot.command_line,
             "disks": disks.collect::<Vec<_>>(),
         })

@@ -174,6 +174,12 @@ impl Machine {
         Ok(())
     }
 
+    /// Which kernel the guest that is on was started with, where it was found on a disk.
+    #[must_use]
+    pub fn chosen_kernel(&self) -> Option<String> {
+        self.0.shared.lock().life.as_ref()?.chosen().map(str::to_owned)
+    }
+
     /// Bytes for the guest's serial port.
     pub fn input(&self, bytes: &[u8]) {
         // The port may wait for its console, and what is told to the machine must not wait for that.

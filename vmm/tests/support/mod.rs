@@ -112,7 +112,7 @@ pub fn attached(path: &Path, options: BlockOptions) -> MachineDisk {
 }
 
 pub fn definition(command_line: &str, disks: Vec<MachineDisk>) -> Definition {
-    let boot = Boot { kernel: guest().to_owned(), initrd: None, command_line: command_line.to_owned() };
+    let boot = Boot { kernel: Some(guest().to_owned()), initrd: None, command_line: command_line.to_owned() };
     let (low_space, state_file) = (0, None);
     Definition { name: "tested".into(), cpus: 1, memory: 16 << 20, boot, disks, low_space, state_file, sandbox: true }
 }
