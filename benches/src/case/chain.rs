@@ -8,7 +8,7 @@ use vhd_core::Disk;
 
 use super::Place;
 use super::files::{Random, new_child, new_dynamic, open};
-use crate::measure::{Row, Sample, Subject, Unit, alternate};
+use crate::measure::{Goal, Row, Sample, Subject, Unit, alternate};
 use crate::process::{run, vhd};
 
 const LAYERS: u8 = 30;
@@ -101,7 +101,7 @@ pub fn read(place: &Place) -> Result<Vec<Row>> {
     let mut subjects = [
         Subject::new("1 layer", || random_reads(&one, &mut a)),
         Subject::new("30 layers", || random_reads(&all, &mut b)).with_target(0.85),
-        Subject::new("bare preads of the same places", || bare.random_reads(&mut c)),
+        Subject::new("bare preads of the same places", || bare.random_reads(&mut c)).as_floor(),
     ];
     let rows = alternate("4 KiB random read, warm", Unit::PerSecond, place.rounds, &mut subjects);
     drop(subjects);
@@ -122,9 +122,11 @@ pub fn open_all(place: &Place) -> Result<Vec<Row>> {
         Subject::new("vhd --version", || run(std::process::Command::new(&vhd).arg("--version"))),
         Subject::new("vhd read, 30 x 2040 GiB, 1 byte", || {
             run(std::process::Command::new(&vhd).arg("read").arg(&leaf).args(["--offset", "1T", "--length", "1"]))
-        }),
+        })
+        .with(Goal::Value(0.1))
+        .with(Goal::Memory(64 << 20)),
     ];
-    let rows = alternate("open (100 ms and 64 MiB at most)", Unit::Seconds, place.rounds, &mut subjects);
+    let rows = alternate("open a chain and read a byte", Unit::Seconds, place.rounds, &mut subjects);
     drop(subjects);
     paths.iter().for_each(|path| drop(std::fs::remove_file(path)));
     rows
@@ -153,7 +155,7 @@ pub fn check(place: &Place) -> Result<Vec<Row>> {
     let vhd = vhd()?;
     let mut subjects = [
         Subject::new("vhd --version", || run(std::process::Command::new(&vhd).arg("--version"))),
-        Subject::new("vhd check (2 s at most)", || run(std::process::Command::new(&vhd).arg("check").arg(&path))),
+        Subject::new("vhd check", || run(std::process::Command::new(&vhd).arg("check").arg(&path))).with(Goal::Value(2.0)),
     ];
     let rows = alternate("check of a full 2040 GiB image", Unit::Seconds, place.rounds, &mut subjects);
     drop(subjects);

@@ -6,9 +6,9 @@ use std::thread;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::AlignedBuffer;
 
-/// Bytes that are moved at once: large enough that system calls do not count, small enough to stay in a processor's own
-/// cache between reading and writing.
-pub(super) const CHUNK: usize = 256 << 10;
+/// Bytes that are moved at once: large enough that neither system calls count nor what a file system does for each write
+/// (ext4 keeps large writes in large pieces), small enough to stay in a processor's caches between reading and writing.
+pub(super) const CHUNK: usize = 1 << 20;
 /// Bytes that one thread moves before it asks for more: an ordinary block, so that only one of them allocates it.
 pub(super) const BATCH: u64 = 2 << 20;
 /// Pieces that are sent together at most.
