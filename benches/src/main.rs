@@ -73,7 +73,7 @@ fn main() -> Result<()> {
             match case(&place) {
                 Ok(rows) => report.rows.extend(rows),
                 // The others are worth having all the same.
-                Err(error) => eprintln!("{group}: NOT MEASURED: {error:#}"),
+                Err(error) => report.missing.push(format!("{group}: {error:#}")),
             }
             report.write(&options.output)?;
         }

@@ -27,6 +27,8 @@ pub struct Report {
     pub rounds: usize,
     /// The lines.
     pub rows: Vec<Row>,
+    /// Groups of cases that could not be measured, and why.
+    pub missing: Vec<String>,
 }
 
 impl Report {
@@ -41,6 +43,7 @@ impl Report {
             places: format!("memory: {}; disk: {}", file_system(memory), file_system(disk)),
             rounds,
             rows: Vec::new(),
+            missing: Vec::new(),
         }
     }
 
@@ -82,6 +85,9 @@ impl Report {
                 value(row.value[0], row.unit),
                 goals.join("; ")
             );
+        }
+        for missing in &self.missing {
+            let _ = write!(text, "\nNot measured: {}\n", missing.trim());
         }
         text
     }

@@ -89,23 +89,29 @@ pub fn read(place: &Place) -> Result<Vec<Row>> {
         }
         disk.close()?;
     }
-    let (one, all) = (open(&paths[0], false)?, open(&paths[usize::from(LAYERS) - 1], false)?);
+    // The same leaf again, so that it can be open in both ways at once.
+    let (leaf, same) = (&paths[usize::from(LAYERS) - 1], place.memory.join("same.vhd"));
+    std::fs::copy(leaf, &same)?;
+    let (one, all, writable) = (open(&paths[0], false)?, open(leaf, false)?, open(&same, true)?);
     let mut warm = vec![0; 1 << 20];
     for _ in 0..2 {
         for mib in 0..size >> 20 {
             all.read_at(&mut warm, mib << 20)?;
+            writable.read_at(&mut warm, mib << 20)?;
         }
     }
-    let (mut a, mut b, mut c) = (Random(5), Random(5), Random(5));
+    let [mut a, mut b, mut c, mut d] = [5; 4].map(Random);
     let bare = Bare::of(&all, &paths)?;
     let mut subjects = [
         Subject::new("1 layer", || random_reads(&one, &mut a)),
         Subject::new("30 layers", || random_reads(&all, &mut b)).with_target(0.85),
+        Subject::new("30 layers, open for writing", || random_reads(&writable, &mut d)).with_target(0.85),
         Subject::new("bare preads of the same places", || bare.random_reads(&mut c)).as_floor(),
     ];
     let rows = alternate("4 KiB random read, warm", Unit::PerSecond, place.rounds, &mut subjects);
     drop(subjects);
-    paths.iter().for_each(|path| drop(std::fs::remove_file(path)));
+    drop(writable);
+    paths.iter().chain([&same]).for_each(|path| drop(std::fs::remove_file(path)));
     rows
 }
 
