@@ -1,7 +1,9 @@
 //! Runs the benchmarks and writes their table; see `benches/README.md`.
 
 mod case;
+mod chart;
 mod floor;
+mod guard;
 mod measure;
 mod process;
 mod report;
@@ -32,6 +34,12 @@ struct Options {
     /// A folder on a disk
     #[arg(long, default_value = "/var/tmp")]
     disk: PathBuf,
+    /// Put the table and the plot into this folder's performance.md and performance.svg
+    #[arg(long, value_name = "FOLDER")]
+    publish: Option<PathBuf>,
+    /// Do one hot function so many times, and nothing else: for those who count its instructions
+    #[arg(long, num_args = 2, value_names = ["NAME", "TIMES"])]
+    guard: Option<Vec<String>>,
     /// Serve a raw file on a folder instead, as the reference of the FUSE cases
     #[arg(long, num_args = 2, value_names = ["FILE", "FOLDER"])]
     serve_floor: Option<Vec<PathBuf>>,
@@ -41,7 +49,14 @@ struct Options {
 }
 
 fn main() -> Result<()> {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|first| first == process::LAUNCH) {
+        return process::launch(&arguments.next().context("nothing to launch")?, arguments);
+    }
     let options = Options::parse();
+    if let Some([name, times]) = options.guard.as_deref() {
+        return guard::run(name, times.parse()?);
+    }
     if let Some([file, folder]) = options.serve_floor.as_deref() {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         // As many as `vhd mount` has.
@@ -58,10 +73,13 @@ fn main() -> Result<()> {
             match case(&place) {
                 Ok(rows) => report.rows.extend(rows),
                 // The others are worth having all the same.
-                Err(error) => eprintln!("{group}: NOT MEASURED: {error:#}"),
+                Err(error) => report.missing.push(format!("{group}: {error:#}")),
             }
             report.write(&options.output)?;
         }
+    }
+    if let Some(folder) = &options.publish {
+        report.publish(folder)?;
     }
     print!("{}", report.to_markdown());
     Ok(())

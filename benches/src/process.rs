@@ -1,5 +1,6 @@
 //! Other programs: run and accounted for, or served by.
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -9,17 +10,36 @@ use wait4::Wait4;
 
 use crate::measure::Sample;
 
+/// The first argument of this program when it is a [`launch`]er.
+pub const LAUNCH: &str = "--launch";
+
 /// Runs a program to its end: wall seconds, processor seconds, memory.
+///
+/// A process counts its parent's memory as its own until it has started its program, and this one's is large. So a second
+/// process of this program, which has next to nothing, starts it and tells.
 pub fn run(command: &mut Command) -> Result<Sample> {
+    let mut launcher = Command::new(std::env::current_exe()?);
+    launcher.arg(LAUNCH).arg(command.get_program()).args(command.get_args());
+    let output = launcher.stdin(Stdio::null()).stderr(Stdio::inherit()).output().with_context(|| format!("{command:?}"))?;
+    if !output.status.success() {
+        bail!("{command:?} failed");
+    }
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// What the second process does: runs a program and prints the sample.
+pub fn launch(program: &OsStr, arguments: impl Iterator<Item = OsString>) -> Result<()> {
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
     let began = Instant::now();
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().with_context(|| format!("{command:?}"))?;
-    let ended = child.wait4()?;
+    let ended = command.spawn()?.wait4()?;
     let value = began.elapsed().as_secs_f64();
     if !ended.status.success() {
-        bail!("{command:?} failed: {}", ended.status);
+        bail!("{}", ended.status);
     }
     let cpu = (ended.rusage.utime + ended.rusage.stime).as_secs_f64();
-    Ok(Sample { value, cpu: Some(cpu), memory: Some(ended.rusage.maxrss) })
+    println!("{}", serde_json::to_string(&Sample { value, cpu: Some(cpu), memory: Some(ended.rusage.maxrss) })?);
+    Ok(())
 }
 
 /// Runs a line of a shell.
@@ -71,6 +91,13 @@ impl Server {
     /// Processor seconds so far, of all its threads.
     pub fn cpu(&self) -> Result<f64> {
         cpu_of(self.0.id())
+    }
+
+    /// The most memory that it had so far.
+    pub fn memory(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("/proc/PID/status")?;
+        Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? << 10)
     }
 }
 

@@ -3,11 +3,16 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::measure::{Row, Unit};
+use crate::chart;
+use crate::measure::{Goal, Row, Unit, Verdict};
 use crate::process::output;
+
+/// Where the table begins in a document, and where it ends.
+const BEGIN: &str = "<!-- figures: benches/run --publish docs -->";
+const END: &str = "<!-- end of figures -->";
 
 /// What was measured, where and of what.
 #[derive(Debug, Serialize)]
@@ -22,6 +27,8 @@ pub struct Report {
     pub rounds: usize,
     /// The lines.
     pub rows: Vec<Row>,
+    /// Groups of cases that could not be measured, and why.
+    pub missing: Vec<String>,
 }
 
 impl Report {
@@ -36,37 +43,51 @@ impl Report {
             places: format!("memory: {}; disk: {}", file_system(memory), file_system(disk)),
             rounds,
             rows: Vec::new(),
+            missing: Vec::new(),
         }
     }
 
-    /// Writes `results.json` and `results.md`.
+    /// Writes `results.json`, `results.md` and `results.svg`.
     pub fn write(&self, folder: &Path) -> Result<()> {
         std::fs::write(folder.join("results.json"), serde_json::to_string_pretty(self)? + "\n")?;
+        std::fs::write(folder.join("results.svg"), chart::draw(&self.rows))?;
         Ok(std::fs::write(folder.join("results.md"), self.to_markdown())?)
+    }
+
+    /// Puts the plot into a folder, and the table between the two marks of its `performance.md`.
+    pub fn publish(&self, folder: &Path) -> Result<()> {
+        let path = folder.join("performance.md");
+        let old = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let (before, rest) = old.split_once(BEGIN).with_context(|| format!("{} has no {BEGIN}", path.display()))?;
+        let (_, after) = rest.split_once(END).with_context(|| format!("{} has no {END}", path.display()))?;
+        std::fs::write(&path, format!("{before}{BEGIN}\n{}{END}{after}", self.to_markdown()))?;
+        Ok(std::fs::write(folder.join("performance.svg"), chart::draw(&self.rows))?)
     }
 
     pub fn to_markdown(&self) -> String {
         let mut text = format!(
             "Machine: {}. Commit: {}. Places: {}. Medians of {} rounds in turn; `x` is the ratio to the case's first line in the \
-             same round, `cpu x` that of the processor time.\n\n",
+             same round, `cpu x` that of the processor time (of the server, a request, for NBD and FUSE); lines in *italics* are \
+             the same work with nothing of ours in it.\n\n",
             self.machine, self.commit, self.places, self.rounds
         );
-        text.push_str("| case | who | value | x [least, most] | target | cpu x | memory |\n|---|---|---|---|---|---|---|\n");
+        text.push_str("| case | who | value | x [least, most] | goal | cpu x | memory |\n|---|---|---|---|---|---|---|\n");
         for row in &self.rows {
-            let target = match (row.target, row.is_met()) {
-                (Some(target), Some(met)) => format!("{target} {}", if met { "met" } else { "**missed**" }),
-                _ => String::new(),
-            };
+            let goals: Vec<String> = row.goals.iter().map(|(goal, verdict)| show_goal(*goal, *verdict, row.unit)).collect();
             let cpu = row.cpu.filter(|cpu| !cpu[1].is_nan()).map_or(String::new(), |cpu| format!("{:.2}", cpu[1]));
-            let memory = row.memory.map_or(String::new(), |bytes| format!("{} MiB", bytes >> 20));
+            let memory = row.memory.map_or(String::new(), show_memory);
             let [ratio, least, most] = row.ratio;
+            let who = if row.is_floor { format!("*{}*", row.subject) } else { row.subject.clone() };
             let _ = writeln!(
                 text,
-                "| {} | {} | {} | {ratio:.2} [{least:.2}, {most:.2}] | {target} | {cpu} | {memory} |",
+                "| {} | {who} | {} | {ratio:.2} [{least:.2}, {most:.2}] | {} | {cpu} | {memory} |",
                 row.case,
-                row.subject,
-                value(row.value[0], row.unit)
+                value(row.value[0], row.unit),
+                goals.join("; ")
             );
+        }
+        for missing in &self.missing {
+            let _ = write!(text, "\nNot measured: {}\n", missing.trim());
         }
         text
     }
@@ -77,5 +98,24 @@ fn value(value: f64, unit: Unit) -> String {
         Unit::Seconds if value < 0.1 => format!("{:.2} ms", value * 1e3),
         Unit::Seconds => format!("{value:.3} s"),
         Unit::PerSecond => format!("{:.1} k/s", value / 1e3),
+    }
+}
+
+fn show_memory(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+fn show_goal(goal: Goal, verdict: Verdict, unit: Unit) -> String {
+    let sign = if unit == Unit::Seconds { "≤" } else { "≥" };
+    let wanted = match goal {
+        Goal::Ratio(ratio) => format!("{sign} {ratio:.2}"),
+        Goal::Cpu(ratio) => format!("cpu ≤ {ratio:.2}"),
+        Goal::Value(wanted) => format!("{sign} {}", value(wanted, unit)),
+        Goal::Memory(most) => format!("≤ {}", show_memory(most)),
+    };
+    match verdict {
+        Verdict::Met => format!("{wanted} met"),
+        Verdict::Missed => format!("{wanted} **missed**"),
+        Verdict::Limit(floor) => format!("{wanted} out of reach: floor {floor:.2}"),
     }
 }

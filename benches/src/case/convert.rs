@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::Result;
 
 use super::{Place, files};
-use crate::measure::{Row, Sample, Subject, Unit, alternate};
+use crate::measure::{Goal, Row, Sample, Subject, Unit, alternate};
 use crate::process::{exists, run, shell, vhd};
 
 struct Files {
@@ -61,14 +61,25 @@ pub fn in_memory(place: &Place) -> Result<Vec<Row>> {
     std::fs::copy(&files.vhd, files.out.with_extension("vhd"))?;
     let dd =
         format!("dd if={} of={} bs=1M conv=notrunc status=none", files.raw.display(), files.out.with_extension("img").display());
+    // Two of them at once, half each: what copying with two threads costs the processors that share a memory.
+    let half = mib / 2;
+    let two = format!(
+        "dd if={0} of={1} bs=1M count={half} conv=notrunc status=none & \
+         dd if={0} of={1} bs=1M skip={half} seek={half} conv=notrunc status=none; wait",
+        files.raw.display(),
+        files.out.with_extension("img").display()
+    );
     let into = || {
         let mut command = Command::new(&files.command);
         command.args(["convert", "--into"]).args([&files.raw, &files.out.with_extension("vhd")]);
         command
     };
     let mut rows = Vec::new();
-    let mut subjects =
-        vec![Subject::new("dd bs=1M conv=notrunc", || shell(&dd)), Subject::new("vhd", || run(&mut into())).with_target(0.8)];
+    let mut subjects = vec![
+        Subject::new("dd bs=1M conv=notrunc", || shell(&dd)),
+        Subject::new("vhd", || run(&mut into())).with_target(0.8).with(Goal::Cpu(1.0)),
+        Subject::new("two dd at once, half each", || shell(&two)).as_floor(),
+    ];
     if exists("qemu-img") {
         subjects.push(Subject::new("qemu-img -n", || run(&mut files.qemu(("raw", &files.raw), "vpc", true))));
     }
@@ -76,7 +87,8 @@ pub fn in_memory(place: &Place) -> Result<Vec<Row>> {
     drop(subjects);
     let mut subjects = vec![
         Subject::new("dd bs=1M conv=notrunc", || shell(&dd)),
-        Subject::new("vhd", || run(&mut files.convert(&files.vhd, "raw"))).with_target(0.8),
+        Subject::new("vhd", || run(&mut files.convert(&files.vhd, "raw"))).with_target(0.8).with(Goal::Cpu(1.0)),
+        Subject::new("two dd at once, half each", || shell(&two)).as_floor(),
     ];
     if exists("qemu-img") {
         subjects.push(Subject::new("qemu-img -n", || run(&mut files.qemu(("vpc", &files.vhd), "raw", true))));

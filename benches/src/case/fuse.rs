@@ -1,20 +1,23 @@
 //! Files through FUSE: the mount against the least that a FUSE file over a raw file can be, and against others.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::{Place, files};
-use crate::measure::{Row, Sample, Subject, Unit, alternate};
-use crate::process::{Server, run, shell, vhd};
+use crate::measure::{Goal, Row, Sample, Subject, Unit, alternate};
+use crate::process::{Server, exists, run, shell, vhd};
 
 /// A disk as a file, and who serves it.
 struct Served {
     name: &'static str,
     file: PathBuf,
-    folder: PathBuf,
+    mount: PathBuf,
+    /// The least of the work that it can be asked for in a reasonable time.
+    is_slow: bool,
+    is_writable: bool,
     server: Server,
 }
 
@@ -23,14 +26,15 @@ impl Served {
         std::fs::create_dir_all(&folder)?;
         let file = folder.join(file);
         let server = Server::start(command, &file)?;
-        Ok(Self { name, file, folder, server })
+        Ok(Self { name, file, mount: folder, is_slow: false, is_writable: true, server })
     }
 
-    fn fio(&self, arguments: &[&str]) -> Result<Sample> {
+    fn fio(&self, arguments: &[&str], seconds: f64) -> Result<Sample> {
         let before = self.server.cpu()?;
         let output = Command::new("fio")
-            .args(["--name=j", "--direct=1", "--time_based", "--runtime=1s", "--output-format=json", "--randrepeat=0"])
+            .args(["--name=j", "--direct=1", "--time_based", "--output-format=json", "--randrepeat=0"])
             .arg("--norandommap")
+            .arg(format!("--runtime={}ms", (seconds * 1e3) as u64))
             .arg(format!("--filename={}", self.file.display()))
             .args(arguments)
             .output()?;
@@ -42,21 +46,25 @@ impl Served {
             job["read"][key].as_f64().unwrap_or(0.0) + job["write"][key].as_f64().unwrap_or(0.0)
         };
         let cpu = (self.server.cpu()? - before) / number("total_ios").max(1.0) * 1e6;
-        Ok(Sample { value: number("iops"), cpu: Some(cpu), memory: None })
+        Ok(Sample { value: number("iops"), cpu: Some(cpu), memory: Some(self.server.memory()?) })
     }
 
-    /// A read through the page cache, of which nothing is there at first.
+    /// A read through the page cache, of which nothing is there at first; seconds for all of it.
     fn cold(&self, mib: u64) -> Result<Sample> {
+        let part = if self.is_slow { 16 } else { 1 };
         let file = self.file.display();
         shell(&format!("dd if={file} iflag=nocache count=0 status=none"))?;
-        shell(&format!("dd if={file} of=/dev/null bs=1M count={mib} status=none"))
+        let before = self.server.cpu()?;
+        let read = shell(&format!("dd if={file} of=/dev/null bs=1M count={} status=none", mib / part))?;
+        let cpu = (self.server.cpu()? - before) * part as f64;
+        Ok(Sample { value: read.value * part as f64, cpu: Some(cpu), memory: Some(self.server.memory()?) })
     }
 }
 
 impl Drop for Served {
     fn drop(&mut self) {
         // The server itself ends with it.
-        let _ = Command::new("umount").arg("-l").arg(&self.folder).status();
+        let _ = Command::new("umount").arg("-l").arg(&self.mount).status();
     }
 }
 
@@ -78,7 +86,32 @@ fn servers(memory: &Path, raw: &Path, image: &Path) -> Result<Vec<Served>> {
     let mut own = Command::new(vhd()?);
     own.args(["mount", "--foreground"]).arg(image).arg(folder("vhd"));
     found.push(Served::start("vhd mount", folder("vhd"), "disk.raw", &mut own)?);
+    if exists("qemu-storage-daemon") {
+        found.push(storage_daemon(memory, image)?);
+    }
+    if exists("vhdimount") {
+        let mut other = Command::new("vhdimount");
+        // It stays in the foreground then.
+        other.arg("-v").arg(image).arg(folder("vhdimount")).stderr(Stdio::null());
+        let mut served = Served::start("vhdimount", folder("vhdimount"), "vhdi1", &mut other)?;
+        (served.is_slow, served.is_writable) = (true, false);
+        found.push(served);
+    }
     Ok(found)
+}
+
+/// On a copy: QEMU would write to the image that is served.
+fn storage_daemon(memory: &Path, image: &Path) -> Result<Served> {
+    let (copy, file, ready) = (memory.join("daemon.vhd"), memory.join("daemon.raw"), memory.join("daemon.pid"));
+    std::fs::copy(image, &copy)?;
+    std::fs::write(&file, "")?;
+    let mut command = Command::new("qemu-storage-daemon");
+    command.arg("--blockdev").arg(format!("driver=file,node-name=f,filename={},aio=threads", copy.display()));
+    command.args(["--blockdev", "driver=vpc,node-name=v,file=f", "--export"]);
+    command.arg(format!("type=fuse,id=e,node-name=v,mountpoint={},writable=on,growable=off", file.display()));
+    command.arg("--pidfile").arg(&ready);
+    let server = Server::start(&mut command, &ready)?;
+    Ok(Served { name: "qemu-storage-daemon, vpc", mount: file.clone(), file, is_slow: false, is_writable: true, server })
 }
 
 pub fn fuse(place: &Place) -> Result<Vec<Row>> {
@@ -89,14 +122,19 @@ pub fn fuse(place: &Place) -> Result<Vec<Row>> {
     let servers = servers(&place.memory, &raw, &image)?;
     let mut rows = Vec::new();
     for (load, arguments) in LOADS {
-        let subjects = servers.iter().map(|served| Subject::new(served.name, || served.fio(arguments)));
+        let able = servers.iter().filter(|served| served.is_writable || !load.contains("write"));
+        let subjects = able.map(|served| Subject::new(served.name, || served.fio(arguments, place.seconds())));
         let mut subjects: Vec<_> =
             subjects.enumerate().map(|(n, one)| if n == 1 { one.with_target(0.95) } else { one }).collect();
         rows.extend(alternate(&format!("FUSE {load}"), Unit::PerSecond, place.rounds, &mut subjects)?);
     }
     let subjects = servers.iter().map(|served| Subject::new(served.name, || served.cold(mib)));
-    let mut subjects: Vec<_> =
-        subjects.enumerate().map(|(n, one)| if n == 1 { one.with_target(1.0 / 0.95) } else { one }).collect();
+    // 2 GB a second at least.
+    let most = (mib << 20) as f64 / 2e9;
+    let mut subjects: Vec<_> = subjects
+        .enumerate()
+        .map(|(n, one)| if n == 1 { one.with_target(1.0 / 0.95).with(Goal::Value(most)) } else { one })
+        .collect();
     rows.extend(alternate("FUSE buffered sequential read, cold", Unit::Seconds, place.rounds, &mut subjects)?);
     Ok(rows)
 }

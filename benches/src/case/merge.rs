@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::Place;
 use super::files::{Random, new_child, new_dynamic, noise, open};
-use crate::measure::{Row, Sample, Subject, Unit, alternate};
+use crate::measure::{Row, Subject, Unit, alternate};
 use crate::process::{run, shell, vhd};
 
 const BLOCK: u64 = 2 << 20;
@@ -81,16 +81,16 @@ pub fn compact(place: &Place) -> Result<Vec<Row>> {
         moved >> 20
     );
     let vhd = vhd()?;
+    let case = format!("compact, {} GiB with {} of data, a quarter of the blocks zero", size >> 30, data >> 30);
     let mut subjects = [
         Subject::new("cat of the data, dd of what moves", || shell(&reference)),
         Subject::new("vhd compact", || {
             prepare()?;
-            let sample = run(Command::new(&vhd).arg("compact").arg(&image))?;
-            Ok(Sample { memory: None, ..sample })
+            run(Command::new(&vhd).arg("compact").arg(&image))
         })
         .with_target(1.1),
     ];
-    let rows = alternate("compact, a quarter of the blocks zero", Unit::Seconds, place.rounds, &mut subjects);
+    let rows = alternate(&case, Unit::Seconds, place.rounds, &mut subjects);
     drop(subjects);
     for path in [image, raw, to] {
         let _ = std::fs::remove_file(path);

@@ -2,8 +2,9 @@
 
 mod chain;
 mod convert;
-mod files;
+pub mod files;
 mod fuse;
+mod looped;
 mod merge;
 mod nbd;
 mod strides;
@@ -27,6 +28,13 @@ pub struct Place {
     pub rounds: usize,
 }
 
+impl Place {
+    /// How long a load runs that runs for a time.
+    pub fn seconds(&self) -> f64 {
+        if self.long { 2.0 } else { 0.6 }
+    }
+}
+
 type Case = fn(&Place) -> Result<Vec<Row>>;
 
 /// All groups, in the order in which they are run.
@@ -40,6 +48,7 @@ pub const CASES: &[(&str, Case)] = &[
     ("compact", merge::compact),
     ("nbd", nbd::nbd),
     ("fuse", fuse::fuse),
+    ("loop", looped::file_systems),
     ("chain-read", chain::read),
     ("chain-open", chain::open_all),
     ("check", chain::check),

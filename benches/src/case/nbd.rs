@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::{Place, files};
-use crate::measure::{Row, Sample, Subject, Unit, alternate};
+use crate::measure::{Goal, Row, Sample, Subject, Unit, alternate};
 use crate::process::{Server, run, vhd};
 
 /// A server of the same content as the others.
@@ -24,11 +24,12 @@ impl Served {
     }
 
     /// Requests a second, and the server's processor seconds for each million.
-    fn fio(&self, arguments: &[&str], size: u64) -> Result<Sample> {
+    fn fio(&self, arguments: &[&str], size: u64, seconds: f64) -> Result<Sample> {
         let before = self.server.cpu()?;
         let output = Command::new("fio")
-            .args(["--name=j", "--ioengine=nbd", "--thread", "--time_based", "--runtime=1s", "--group_reporting"])
+            .args(["--name=j", "--ioengine=nbd", "--thread", "--time_based", "--group_reporting"])
             .args(["--randrepeat=0", "--norandommap", "--output-format=json", &format!("--size={size}")])
+            .arg(format!("--runtime={}ms", (seconds * 1e3) as u64))
             .arg(format!("--uri={}", self.uri))
             .args(arguments)
             .output()?;
@@ -39,13 +40,14 @@ impl Served {
         let job = &told["jobs"][0];
         let number = |key: &str| job["read"][key].as_f64().unwrap_or(0.0) + job["write"][key].as_f64().unwrap_or(0.0);
         let requests = number("total_ios").max(1.0);
-        Ok(Sample { value: number("iops"), cpu: Some((self.server.cpu()? - before) / requests * 1e6), memory: None })
+        let cpu = Some((self.server.cpu()? - before) / requests * 1e6);
+        Ok(Sample { value: number("iops"), cpu, memory: Some(self.server.memory()?) })
     }
 
     fn copy(&self) -> Result<Sample> {
         let before = self.server.cpu()?;
         let copied = run(Command::new("nbdcopy").args([self.uri.as_str(), "null:"]))?;
-        Ok(Sample { value: copied.value, cpu: Some(self.server.cpu()? - before), memory: None })
+        Ok(Sample { value: copied.value, cpu: Some(self.server.cpu()? - before), memory: Some(self.server.memory()?) })
     }
 }
 
@@ -89,9 +91,14 @@ pub fn nbd(place: &Place) -> Result<Vec<Row>> {
     let servers = servers(&place.memory, &raw, &image, mib)?;
     let mut rows = Vec::new();
     for (load, arguments, target) in LOADS {
-        let mut subjects: Vec<_> =
-            servers.iter().map(|served| Subject::new(served.name, || served.fio(arguments, mib << 20))).collect();
-        let own = subjects.remove(1).with_target(target);
+        let mut subjects: Vec<_> = servers
+            .iter()
+            .map(|served| Subject::new(served.name, || served.fio(arguments, mib << 20, place.seconds())))
+            .collect();
+        let mut own = subjects.remove(1).with_target(target);
+        if load.starts_with("random") {
+            own = own.with(Goal::Cpu(0.75));
+        }
         subjects.insert(1, own);
         rows.extend(alternate(&format!("NBD {load}"), Unit::PerSecond, place.rounds, &mut subjects)?);
     }

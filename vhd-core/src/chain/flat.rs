@@ -1,21 +1,23 @@
-//! Who holds what below the leaf, found once and remembered: so that a read through many layers costs what one through a
-//! few does.
+//! Who holds what in the layers that nobody writes, found once and remembered: so that a read through many layers costs what
+//! one through a few does.
 //!
-//! Parents do not change while a chain is open, so what was found stays true. A stretch of the disk is remembered when it
+//! Parents do not change while a chain is open, nor does a leaf that was opened for reading, so what was found stays true. A stretch of the disk is remembered when it
 //! is asked for the second time: random reads over a disk that is far larger than the memory for this gain nothing from
 //! looking at whole stretches.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use rustc_hash::FxHashMap;
+use smallvec::SmallVec;
 
 use crate::error::Result;
 use crate::format::SECTOR;
 use crate::image::RunKind;
 
-/// Bytes of a stretch.
-const STRETCH: u64 = 256 << 10;
+/// Bytes of a stretch: few enough that where every page is another layer's the runs take two lines of a processor's cache, as
+/// waiting for those is most of what a look costs.
+const STRETCH: u64 = 64 << 10;
 /// Runs that are remembered for one chain: of 8 bytes each, so 32 MiB.
 const CAPACITY: usize = 4 << 20;
 const SHARDS: usize = 16;
@@ -72,7 +74,7 @@ impl FlatRun {
 #[derive(Debug)]
 enum Stretch {
     SeenOnce,
-    Known(Arc<[FlatRun]>),
+    Known(Box<[FlatRun]>),
 }
 
 #[derive(Debug, Default)]
@@ -104,7 +106,8 @@ impl FlatCache {
             let whole = number * STRETCH..(number + 1) * STRETCH;
             let part = at..range.end.min(whole.end);
             at = part.end;
-            let runs = match self.find(number) {
+            let (from, to) = (part.start - whole.start, part.end - whole.start);
+            let runs = match self.find(number, from..to) {
                 Found::Known(runs) => runs,
                 Found::New => {
                     resolve(part, visit)?;
@@ -115,8 +118,9 @@ impl FlatCache {
                         resolve(part, visit)?;
                         continue;
                     };
-                    self.keep(number, Arc::clone(&runs));
-                    runs
+                    let few = runs_of(&runs, from..to);
+                    self.keep(number, runs.into());
+                    few
                 }
             };
             visit_part(&runs, &whole, part, visit)?;
@@ -128,10 +132,11 @@ impl FlatCache {
         &self.shards[(number % SHARDS as u64) as usize]
     }
 
-    fn find(&self, number: u64) -> Found {
+    /// What is remembered of `part` of a stretch. It is copied: data is moved under no lock.
+    fn find(&self, number: u64, part: Range<u64>) -> Found {
         let mut shard = self.shard(number).lock().unwrap_or_else(PoisonError::into_inner);
         match shard.stretches.get(&number) {
-            Some(Stretch::Known(runs)) => Found::Known(Arc::clone(runs)),
+            Some(Stretch::Known(runs)) => Found::Known(runs_of(runs, part)),
             Some(Stretch::SeenOnce) => Found::SeenOnce,
             None => {
                 shard.make_room(OVERHEAD);
@@ -142,7 +147,7 @@ impl FlatCache {
         }
     }
 
-    fn keep(&self, number: u64, runs: Arc<[FlatRun]>) {
+    fn keep(&self, number: u64, runs: Box<[FlatRun]>) {
         let mut shard = self.shard(number).lock().unwrap_or_else(PoisonError::into_inner);
         let cost = runs.len() + OVERHEAD;
         shard.make_room(cost);
@@ -153,10 +158,21 @@ impl FlatCache {
     }
 }
 
+/// As many as a stretch has of pages.
+type FewRuns = SmallVec<[FlatRun; 16]>;
+
 enum Found {
     New,
     SeenOnce,
-    Known(Arc<[FlatRun]>),
+    Known(FewRuns),
+}
+
+/// The runs of a stretch that a part of it touches, and the next one, which says where the last of them ends.
+fn runs_of(runs: &[FlatRun], part: Range<u64>) -> FewRuns {
+    let first = runs.partition_point(|run| run.start() <= part.start).saturating_sub(1);
+    let rest = runs.get(first..).unwrap_or_default();
+    let count = rest.iter().position(|run| run.start() >= part.end).map_or(rest.len(), |index| index + 1);
+    SmallVec::from_slice(&rest[..count])
 }
 
 impl Stretch {
@@ -190,7 +206,7 @@ impl Shard {
 }
 
 /// Resolves a whole stretch. Neighbours that are one run become one.
-fn flatten(whole: &Range<u64>, resolve: &dyn Fn(Range<u64>, Visit<'_>) -> Result<()>) -> Result<Option<Arc<[FlatRun]>>> {
+fn flatten(whole: &Range<u64>, resolve: &dyn Fn(Range<u64>, Visit<'_>) -> Result<()>) -> Result<Option<Vec<FlatRun>>> {
     let mut runs: Option<Vec<FlatRun>> = Some(Vec::new());
     resolve(whole.clone(), &mut |range, depth, kind| {
         match (FlatRun::new(range.start - whole.start, depth, kind), &mut runs) {
@@ -200,13 +216,12 @@ fn flatten(whole: &Range<u64>, resolve: &dyn Fn(Range<u64>, Visit<'_>) -> Result
         }
         Ok(())
     })?;
-    Ok(runs.map(Into::into))
+    Ok(runs)
 }
 
+/// Calls `visit` with what `runs` say of a part; they are those of [`runs_of`].
 fn visit_part(runs: &[FlatRun], whole: &Range<u64>, part: Range<u64>, visit: Visit<'_>) -> Result<()> {
-    let from = part.start - whole.start;
-    let first = runs.partition_point(|run| run.start() <= from).saturating_sub(1);
-    for (index, run) in runs.iter().enumerate().skip(first) {
+    for (index, run) in runs.iter().enumerate() {
         let start = whole.start + run.start();
         let end = runs.get(index + 1).map_or(whole.end, |next| whole.start + next.start());
         let piece = start.max(part.start)..end.min(part.end);

@@ -72,6 +72,13 @@ impl Layer {
         }
     }
 
+    fn is_read_only(&self) -> bool {
+        match self {
+            Self::Image(image) => image.is_read_only(),
+            Self::Raw(raw) => raw.is_read_only(),
+        }
+    }
+
     fn storage(&self) -> &dyn Storage {
         match self {
             Self::Image(image) => &**image.storage(),
@@ -109,8 +116,10 @@ impl Layer {
 #[derive(Debug)]
 pub struct Chain {
     layers: Vec<Layer>,
-    /// What is remembered of the parents, where there are several.
+    /// What is remembered of the layers that nobody writes, where there are several.
     flat: Option<FlatCache>,
+    /// The first of these layers: the leaf, where it is only read, else its parent.
+    flat_depth: usize,
 }
 
 impl Chain {
@@ -123,10 +132,11 @@ impl Chain {
     /// A chain of files that were opened one by one: a leaf, and its parents from the nearest to the base.
     #[must_use]
     pub fn over(leaf: Layer, parents: Vec<Layer>) -> Self {
+        let flat_depth = usize::from(!leaf.is_read_only());
         let mut layers = vec![leaf];
         layers.extend(parents);
         let flat = (layers.len() > 2).then(FlatCache::default);
-        Self { layers, flat }
+        Self { layers, flat, flat_depth }
     }
 
     /// The files, leaf first.
@@ -155,7 +165,8 @@ impl Chain {
 
     /// The layers from this depth on.
     fn from(&self, depth: usize) -> Parents<'_> {
-        Parents { layers: &self.layers, depth, flat: self.flat.as_ref() }
+        let flat = self.flat.as_ref().filter(|_| depth <= self.flat_depth);
+        Parents { layers: &self.layers, depth, flat, flat_depth: self.flat_depth }
     }
 
     /// Fills all of `bufs` with what the disk would hold if the layer at `depth` were its leaf.
@@ -201,6 +212,7 @@ struct Parents<'a> {
     layers: &'a [Layer],
     depth: usize,
     flat: Option<&'a FlatCache>,
+    flat_depth: usize,
 }
 
 impl Parents<'_> {
@@ -208,7 +220,9 @@ impl Parents<'_> {
     /// that none of them holds.
     fn resolve(&self, range: Range<u64>, visit: Visit<'_>) -> Result<()> {
         match self.flat {
-            Some(flat) if self.depth == 1 => flat.resolve(range, &|range, visit| self.resolve_by_layer(range, visit), visit),
+            Some(flat) if self.depth == self.flat_depth => {
+                flat.resolve(range, &|range, visit| self.resolve_by_layer(range, visit), visit)
+            }
             _ => self.resolve_by_layer(range, visit),
         }
     }
@@ -308,11 +322,16 @@ impl Below for Parents<'_> {
 
 impl BlockDevice for Chain {
     fn capabilities(&self) -> Capabilities {
-        let (read_only, discard_granularity) = match self.leaf() {
-            Layer::Image(image) => (image.is_read_only(), image.layout().map_or(4096, |layout| layout.block_size())),
-            Layer::Raw(raw) => (raw.is_read_only(), 4096),
+        let discard_granularity = match self.leaf() {
+            Layer::Image(image) => image.layout().map_or(4096, |layout| layout.block_size()),
+            Layer::Raw(_) => 4096,
         };
-        Capabilities { size: self.leaf().size(), read_only, discard_granularity, layers: self.layers.len() }
+        Capabilities {
+            size: self.leaf().size(),
+            read_only: self.leaf().is_read_only(),
+            discard_granularity,
+            layers: self.layers.len(),
+        }
     }
 
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use super::share::{BATCH, CHUNK, MAX_PIECES, share};
 use crate::block::{Disk, ZeroMode};
@@ -55,7 +56,7 @@ pub(super) fn copy_range(
     target_is_zero: bool,
     progress: &Progress,
 ) -> Result<()> {
-    let mover = Mover { source, target, target_is_zero, progress };
+    let mover = Mover { source, target, target_is_zero, writing: Mutex::new(()), progress };
     share(
         |send| find(source, range, send),
         |buffer, batch| batch.into_iter().try_for_each(|piece| mover.move_piece(piece, buffer)),
@@ -90,6 +91,9 @@ struct Mover<'a> {
     source: &'a Disk,
     target: &'a Disk,
     target_is_zero: bool,
+    /// Held while data is written: the kernel lets one writer at a time into a file, and the other would wait for it with its
+    /// processor busy. Meanwhile that one reads.
+    writing: Mutex<()>,
     progress: &'a Progress,
 }
 
@@ -106,7 +110,9 @@ impl Mover<'_> {
             // Up to a multiple of the chunk: so both sides stay aligned.
             let len = (CHUNK - at as usize % CHUNK).min((range.end - at) as usize);
             self.source.read_at(&mut buffer[..len], at)?;
+            let one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
             write_chunk(self.target, &buffer[..len], at, self.target_is_zero)?;
+            drop(one);
             at += len as u64;
             self.progress.advance(len as u64)?;
         }

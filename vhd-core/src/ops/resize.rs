@@ -18,7 +18,7 @@ use crate::image::{Image, OpenOptions};
 use crate::intent::{self, FooterMove, InPlace, Intent, Work};
 use crate::partition::{Gpt, PartitionTable, TableKind};
 use crate::progress::Progress;
-use crate::storage::{FileStorage, LockMode, Storage};
+use crate::storage::{AlignedBuffer, FileStorage, LockMode, Storage};
 
 /// Bytes that are looked at at once.
 const CHUNK: u64 = 1 << 20;
@@ -164,7 +164,7 @@ fn in_the_way(disk: &Disk, size: u64, table: &PartitionTable, gpt: Option<&Gpt>)
 /// The first sector of a range that holds anything, `but` aside.
 fn first_data(disk: &Disk, range: Range<u64>, but: &Range<u64>) -> Result<Option<u64>> {
     let mut found = None;
-    let mut buffer = vec![0; CHUNK as usize];
+    let mut buffer = AlignedBuffer::new(CHUNK as usize);
     disk.extents(range, &mut |extent| {
         let mut at = extent.range.start;
         while at < extent.range.end && extent.state == ExtentState::Data && found.is_none() {

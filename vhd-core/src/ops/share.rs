@@ -6,11 +6,12 @@ use std::thread;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::AlignedBuffer;
 
-/// Bytes that are moved at once: large enough that system calls do not count, small enough to stay in a processor's own
-/// cache between reading and writing.
-pub(super) const CHUNK: usize = 256 << 10;
-/// Bytes that one thread moves before it asks for more: an ordinary block, so that only one of them allocates it.
-pub(super) const BATCH: u64 = 2 << 20;
+/// Bytes that are moved at once: large enough that neither system calls count nor what a file system does for each write
+/// (ext4 keeps large writes in large pieces), small enough to stay in a processor's caches between reading and writing.
+pub(super) const CHUNK: usize = 1 << 20;
+/// Bytes that one thread moves before it asks for more: whole ordinary blocks, so that only one of them allocates one, and
+/// some of them, so that waking each other does not count.
+pub(super) const BATCH: u64 = 8 << 20;
 /// Pieces that are sent together at most.
 pub(super) const MAX_PIECES: usize = 1024;
 /// Threads that move data: memory and most disks are busy with two, and small machines have no more processors.

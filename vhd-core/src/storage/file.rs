@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
+use std::num::NonZeroU64;
 use std::ops::{Deref, Range};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use nix::sys::uio::{pread, preadv, pwrite, pwritev};
 use nix::unistd::{Whence, lseek};
+use rustix::fs::Advice;
 
 use super::direct::Direct;
 use super::{LockMode, Storage, lock, write_zeros};
@@ -18,6 +20,10 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// `IOV_MAX` of Linux: more pieces in one call are refused.
 const MAX_PIECES: usize = 1024;
+/// Less than this is not worth a call of its own to begin with it.
+const EARLY_MIN: u64 = 128 << 10;
+/// The kernel's number of tmpfs.
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 
 /// A regular file or block device, opened once.
 #[derive(Debug)]
@@ -27,6 +33,8 @@ pub struct FileStorage {
     is_device: bool,
     locked: AtomicBool,
     direct: Option<Direct>,
+    /// What is written goes on to the medium at once, where it is large.
+    early: AtomicBool,
 }
 
 impl FileStorage {
@@ -68,7 +76,14 @@ impl FileStorage {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(Error::new(ErrorKind::InvalidInput, "is neither a regular file nor a block device").at(path));
         }
-        Ok(Self { file, path: path.to_owned(), is_device: kind.is_block_device(), locked: AtomicBool::new(false), direct: None })
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            is_device: kind.is_block_device(),
+            locked: AtomicBool::new(false),
+            direct: None,
+            early: AtomicBool::new(false),
+        })
     }
 
     /// The same file, with requests past the host's page cache where they are aligned and the file system can. `writable`
@@ -117,6 +132,17 @@ impl FileStorage {
     /// as [`LockMode::Read`] now.
     pub fn share(&self) {
         lock::share(&self.file);
+    }
+
+    /// Tells the kernel to begin with the bytes that were just written, where they are to go early. (Its name speaks of dropping
+    /// them from the page cache. What is still under way to the medium stays there, and the start is all that is wanted.)
+    fn begin(&self, offset: u64, len: usize) {
+        if self.early.load(Ordering::Relaxed)
+            && let Some(len) = NonZeroU64::new(len as u64).filter(|len| len.get() >= EARLY_MIN)
+        {
+            // A hint: who does not take it writes later.
+            let _ = rustix::fs::fadvise(&self.file, offset, Some(len), Advice::DontNeed);
+        }
     }
 
     fn fallocate(&self, flags: FallocateFlags, range: &Range<u64>) -> nix::Result<()> {
@@ -223,7 +249,15 @@ impl Storage for FileStorage {
         write_fully(bufs, offset, |bufs, offset| match bufs {
             [buf] => pwrite(self.file_for(&[&**buf], offset), buf, offset),
             bufs => pwritev(self.file_for(bufs, offset), bufs, offset),
-        })
+        })?;
+        self.begin(offset, bufs.iter().map(|buf| buf.len()).sum());
+        Ok(())
+    }
+
+    fn write_early(&self) {
+        // Memory has no medium, and looking for pages to write costs time.
+        let is_memory = rustix::fs::fstatfs(&self.file).is_ok_and(|found| found.f_type == TMPFS_MAGIC);
+        self.early.store(!is_memory, Ordering::Relaxed);
     }
 
     fn len(&self) -> io::Result<u64> {

@@ -8,6 +8,7 @@ mod host;
 mod lock;
 mod memory;
 mod replace;
+mod unnamed;
 
 use std::fmt::Debug;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -100,6 +101,10 @@ pub trait Storage: Send + Sync + Debug {
     /// # Errors
     /// Whatever the host says.
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
+
+    /// A hint that all that is written from now on will be synced soon: the host may begin with it at once, so that the medium is
+    /// busy while more is written. Promises nothing.
+    fn write_early(&self) {}
 
     /// False for a device: its length is fixed and no byte of it is known to be zero.
     fn can_grow(&self) -> bool;

@@ -5,6 +5,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::unnamed::Unnamed;
 use super::{FileStorage, Host, LockMode, Storage, folder_of};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -17,7 +18,8 @@ const CRC: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISO_HDLC);
 
 /// Makes a file at `path` out of what `fill` writes: under a passing name in the same folder, renamed when it is
 /// complete and durable. On a failure nothing is left, and what was at `path` is as it was. What a killed process left
-/// under the passing name goes. A device is written in place.
+/// under the passing name goes. Nobody can find the file before, so what `fill` syncs is not synced each time, but once at the
+/// end. A device is written in place.
 ///
 /// # Errors
 /// `Exists` when something is at `path` and `overwrite` is not set; `Locked` when another process makes the same file; as
@@ -56,7 +58,9 @@ pub fn replace_file(
             let given = std::fs::set_permissions(&passing, found.permissions());
             given.map_err(|error| Error::io(error, "can't be created").at(path))?;
         }
-        fill(&storage).map_err(|error| error.at(path))?;
+        storage.write_early();
+        let unnamed: Arc<dyn Storage> = Arc::new(Unnamed(Arc::clone(&storage)));
+        fill(&unnamed).map_err(|error| error.at(path))?;
         storage.sync().map_err(|error| Error::io(error, "can't be synced").at(path))?;
         let renamed = if overwrite { host.rename(&passing, path) } else { host.rename_new(&passing, path) };
         renamed.map_err(|error| if error.kind() == ErrorKind::Exists { exists(path) } else { error.about(path) })

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::format::{DiskType, FOOTER_COOKIE, FOOTER_LEN, Footer, SECTOR};
 use crate::layout::DATA_ALIGNMENT;
 use crate::ops::copy::is_zero;
+use crate::storage::AlignedBuffer;
 
 /// Bytes of data that are read at once; whole sectors.
 const CHUNK: u64 = 1 << 20;
@@ -39,7 +40,7 @@ impl Check<'_> {
         if let Some(progress) = self.options.progress {
             progress.set_total(end);
         }
-        let mut buf = vec![0; CHUNK as usize];
+        let mut buf = AlignedBuffer::new(CHUNK as usize);
         self.data_chunks(0..end, &mut buf, "data", &mut |_, _, _| {})
     }
 
@@ -49,7 +50,7 @@ impl Check<'_> {
         if let Some(progress) = self.options.progress {
             progress.set_total(blocks.entries.len() as u64 * layout.block_size());
         }
-        let mut buf = vec![0; CHUNK.min(layout.block_size()) as usize];
+        let mut buf = AlignedBuffer::new(CHUNK.min(layout.block_size()) as usize);
         let mut bitmap = vec![0; layout.bitmap_len() as usize];
         let mut end = 0;
         for &entry in &blocks.entries {
