@@ -4,6 +4,7 @@
 //! What the disk reads stays the same throughout: a block is copied before an entry names the copy, and space is used
 //! again only once no durable entry names it.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
@@ -44,6 +45,8 @@ pub(crate) struct Blocks {
     file_len: u64,
     /// Bytes that were copied since the table was published.
     unsynced: u64,
+    /// Something was written since the last barrier.
+    dirty: Cell<bool>,
     buffer: AlignedBuffer,
     /// A range of the file that has no holes.
     no_hole: Range<u64>,
@@ -84,6 +87,7 @@ impl Blocks {
             floor,
             file_len: footers.file_len,
             unsynced: 0,
+            dirty: Cell::new(false),
             buffer: AlignedBuffer::new(DATA_ALIGNMENT as usize),
             no_hole: 0..0,
             storage,
@@ -208,7 +212,7 @@ impl Blocks {
     }
 
     /// Takes out of the way what the last block holds beyond the end of the disk, which shows when the disk grows: zeros in
-    /// a dynamic disk, nothing in a differencing one. Returns true if there was anything.
+    /// a dynamic disk, nothing in a differencing one. Returns true if there was anything; it is durable with the next barrier.
     pub(crate) fn clear_beyond_end(&mut self, size: u64, differencing: bool) -> Result<bool> {
         let within = size % self.layout.block_size();
         let Some(last) = self.layout.blocks().checked_sub(1).filter(|last| within > 0 && self.is_allocated(*last)) else {
@@ -233,9 +237,6 @@ impl Blocks {
             }
             changed
         };
-        if changed {
-            self.sync()?;
-        }
         Ok(changed)
     }
 
@@ -261,7 +262,7 @@ impl Blocks {
             }
             self.file_len = len;
         }
-        self.sync()
+        if self.dirty.get() { self.sync() } else { Ok(()) }
     }
 
     /// Makes what was done durable; then what was left is free.
@@ -382,6 +383,7 @@ impl Blocks {
         if self.dry {
             return Ok(());
         }
+        self.dirty.set(true);
         self.storage.write_at(bytes, at).map_err(|error| Error::io(error, format!("can't be written at {at:#x}")))
     }
 
@@ -389,6 +391,7 @@ impl Blocks {
         if self.dry {
             return Ok(());
         }
+        self.dirty.set(false);
         self.storage.sync().map_err(|error| Error::io(error, "can't be synced"))
     }
 }
