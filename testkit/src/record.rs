@@ -179,7 +179,9 @@ fn place_of_call() -> String {
             continue;
         }
         let name = function.trim_end_matches("::{{closure}}").rsplit("::").next().unwrap_or(function);
-        if name != "sync" && functions.last() != Some(&name) {
+        // These stand between others for all operations alike.
+        let is_between = ["sync", "open_with_file", "open_after", "execute"].contains(&name);
+        if !is_between && functions.last() != Some(&name) {
             functions.push(name);
         }
     }

@@ -21,7 +21,7 @@ use vhd_testkit::fixture::{Kind, catalogue};
 use vhd_testkit::tagged::Tag;
 use vhd_testkit::tools::{QemuImg, VhdiMount};
 
-use self::support::sabotage::Operation;
+use self::support::sabotage::{Barriers, Operation};
 use self::support::{new_child, new_image, open, options, read_all};
 
 const BLOCK: u64 = 4096;
@@ -204,9 +204,11 @@ fn a_power_cut_at_any_point_changes_nothing_that_is_read() {
 
 #[test]
 fn every_barrier_is_needed() {
+    let mut barriers = Barriers::default();
     operations(&mut |operation| {
-        operation.sabotage(Effort { exhaustive: 4, samples: 4, seed: 1 });
+        operation.sabotage(&mut barriers, Effort { exhaustive: 4, samples: 4, seed: 1 });
     });
+    barriers.assert("compact");
 }
 
 /// An image of the same content as Virtual PC would lay it out: blocks without gaps.

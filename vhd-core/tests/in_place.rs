@@ -22,7 +22,7 @@ use vhd_testkit::crash::Effort;
 use vhd_testkit::tagged::Tag;
 use vhd_testkit::tools::QemuImg;
 
-use self::support::sabotage::Operation;
+use self::support::sabotage::{Barriers, Operation};
 use self::support::{assert_error, files_of, new_child, new_image, open, options, read_all};
 
 const SIZE: u64 = 16 * 4096;
@@ -221,7 +221,9 @@ fn a_power_cut_at_any_point_loses_nothing_and_the_conversion_goes_on() {
 
 #[test]
 fn every_barrier_is_needed() {
+    let mut barriers = Barriers::default();
     operations(&mut |operation, finish| {
-        operation.sabotage_with_finish(Effort { exhaustive: 3, samples: 2, seed: 1 }, finish);
+        operation.sabotage_with_finish(&mut barriers, Effort { exhaustive: 3, samples: 2, seed: 1 }, finish);
     });
+    barriers.assert("in place");
 }

@@ -27,7 +27,7 @@ use proptest::prelude::*;
 use vhd_testkit::fixture::{Layout, refresh_checksums};
 
 use self::damages::{Case, cases};
-use self::support::sabotage::Operation;
+use self::support::sabotage::{Barriers, Operation};
 use self::support::{assert_error, files_of, options};
 
 const PATH: &str = "test.vhd";
@@ -342,7 +342,9 @@ fn a_power_cut_at_any_point_leaves_the_original_or_the_repaired_image() {
 
 #[test]
 fn every_barrier_is_needed() {
+    let mut barriers = Barriers::default();
     operations(&mut |operation, finish| {
-        operation.sabotage_with_finish(Effort { exhaustive: 4, samples: 4, seed: 1 }, finish);
+        operation.sabotage_with_finish(&mut barriers, Effort { exhaustive: 4, samples: 4, seed: 1 }, finish);
     });
+    barriers.assert("repair");
 }

@@ -20,7 +20,7 @@ use vhd_testkit::crash::Effort;
 use vhd_testkit::fixture::{BlockFill, FixtureSpec, Kind, Layout, Locator, Parent};
 use vhd_testkit::tools::VhdiMount;
 
-use self::support::sabotage::Operation;
+use self::support::sabotage::{Barriers, Operation};
 use self::support::{new_child, new_image, open, options, read_all};
 
 const LONG: &str = "a folder with a name that is long enough for its path not to fit where the old one was, however it is encoded, \
@@ -131,9 +131,11 @@ fn each_state_of_a_power_cut_leads_to_the_old_or_the_new_parent() {
 
 #[test]
 fn every_barrier_is_needed() {
+    let mut barriers = Barriers::default();
     operations(&mut |operation| {
-        operation.sabotage(Effort::default());
+        operation.sabotage(&mut barriers, Effort::default());
     });
+    barriers.assert("reparent");
 }
 
 #[test]

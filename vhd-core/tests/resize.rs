@@ -23,7 +23,7 @@ use vhd_testkit::fixture::{BlockFill, FixtureSpec, Kind, Layout, Locator, Parent
 use vhd_testkit::tagged::Tag;
 use vhd_testkit::tools::QemuImg;
 
-use self::support::sabotage::Operation;
+use self::support::sabotage::{Barriers, Operation};
 use self::support::{assert_error, files_of, new_child, new_image, open, options, read_all};
 
 const BLOCK: u64 = 4096;
@@ -306,7 +306,9 @@ fn a_power_cut_at_any_point_leaves_the_old_size_or_the_new() {
 
 #[test]
 fn every_barrier_is_needed() {
+    let mut barriers = Barriers::default();
     operations(&mut |operation, finish| {
-        operation.sabotage_with_finish(Effort { exhaustive: 4, samples: 4, seed: 1 }, finish);
+        operation.sabotage_with_finish(&mut barriers, Effort { exhaustive: 4, samples: 4, seed: 1 }, finish);
     });
+    barriers.assert("resize");
 }

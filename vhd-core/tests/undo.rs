@@ -18,7 +18,7 @@ use vhd_core::ops::undo;
 use vhd_core::{Disk, ErrorKind, Progress};
 use vhd_testkit::crash::Effort;
 
-use self::support::sabotage::Operation;
+use self::support::sabotage::{Barriers, Operation};
 use self::support::{files_of, new_child, new_image, open, options};
 
 const NAMES: [&str; 2] = ["one/system.vhd", "two/data.vhd"];
@@ -218,7 +218,9 @@ fn a_power_cut_leaves_a_session_that_is_started_committed_or_discarded_as_a_whol
 
 #[test]
 fn every_barrier_is_needed() {
+    let mut barriers = Barriers::default();
     operations(&mut |operation, finish| {
-        operation.sabotage_with_finish(Effort { exhaustive: 4, samples: 2, seed: 1 }, finish);
+        operation.sabotage_with_finish(&mut barriers, Effort { exhaustive: 4, samples: 2, seed: 1 }, finish);
     });
+    barriers.assert("undo");
 }

@@ -171,8 +171,8 @@ impl Blocks {
             if self.layout.data_offset(self.entries[block as usize]) % DATA_ALIGNMENT == 0 {
                 continue;
             }
-            // What was left since the last publication may be the gap that is needed.
-            if self.lowest_gap(true).is_none() && !self.left.is_empty() {
+            // What was left last may be the gap that is needed, once the table is published.
+            if self.lowest_gap(true).is_none() && self.left.last().is_some_and(|left| self.has_room_around(*left)) {
                 self.publish()?;
             }
             let to = match self.lowest_gap(true) {
@@ -252,6 +252,12 @@ impl Blocks {
     /// Makes all durable and cuts the file behind its last block. A power cut may leave the length without the footer:
     /// the header copy counts then.
     pub(crate) fn cut(&mut self) -> Result<()> {
+        self.shorten()?;
+        if self.dirty.get() { self.sync() } else { Ok(()) }
+    }
+
+    /// As [`Blocks::cut`], without the last barrier: for who opens the image next, which begins with one.
+    pub(crate) fn shorten(&mut self) -> Result<()> {
         self.publish()?;
         let end = self.slots.keys().next_back().map_or(0, |start| start + self.layout.slot_len()).max(self.floor);
         let len = self.place.file_len(end);
@@ -262,7 +268,7 @@ impl Blocks {
             }
             self.file_len = len;
         }
-        if self.dirty.get() { self.sync() } else { Ok(()) }
+        Ok(())
     }
 
     /// Makes what was done durable; then what was left is free.
@@ -315,6 +321,16 @@ impl Blocks {
             (at + self.layout.slot_len() <= *end).then_some(at)
         };
         self.gaps.iter().find_map(fits)
+    }
+
+    /// True when the space around a slot that was left, with others beside it that were, holds an aligned slot.
+    fn has_room_around(&self, left: u64) -> bool {
+        let len = self.layout.slot_len();
+        let is_used = |start: &&u64| !self.left.contains(start);
+        let before = self.slots.range(..left).rev().map(|(start, _)| start).find(is_used).map_or(0, |start| start + len);
+        let after = self.slots.range(left..).map(|(start, _)| *start).find(|start| is_used(&start));
+        let start = self.layout.aligned_slot_start(before.max(self.floor));
+        start + len <= after.unwrap_or(self.file_len - SECTOR)
     }
 
     /// Makes the file longer by a slot, and the footer stand behind it.

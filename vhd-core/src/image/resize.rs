@@ -23,7 +23,7 @@ const MAX_LOCATORS: u64 = 16 << 20;
 impl Image {
     /// Gives the dynamic or differencing image in `storage`, which is not open otherwise, a size of `size` bytes, a
     /// multiple of 512. What is beyond it is lost; what is new reads as zeros. Calls `advance` with bytes that were moved.
-    /// Where `dry` it only counts them.
+    /// Where `dry` it only counts them. The caller opens the image for writing next: that is the last barrier.
     ///
     /// # Errors
     /// `Unsupported` on a device, which can't grow; those of [`Image::open`].
@@ -58,7 +58,7 @@ impl Image {
         drop(image);
         // What lay behind the last block is nobody's any more.
         let image = Self::open(Arc::clone(storage), path, &options)?;
-        Blocks::of(&image, false)?.cut()
+        Blocks::of(&image, false)?.shorten()
     }
 }
 

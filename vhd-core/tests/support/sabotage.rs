@@ -3,7 +3,8 @@
 //!
 //! What was answered is durable: once the operation has returned, each state must be the folder as it was then.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -35,12 +36,14 @@ pub struct Operation<'a> {
     judge: &'a Judge<'a>,
 }
 
-/// What was counted.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Counts {
-    pub states: usize,
-    pub taken_away: usize,
-    pub caught: usize,
+/// The barriers of some operations, and which of those miss each. The same function may ask several times: each time is
+/// one of its own.
+#[derive(Debug, Default)]
+pub struct Barriers {
+    rows: BTreeMap<(String, usize), BTreeSet<String>>,
+    states: usize,
+    taken_away: usize,
+    caught: usize,
 }
 
 impl<'a> Operation<'a> {
@@ -58,55 +61,47 @@ impl<'a> Operation<'a> {
         states
     }
 
-    /// Takes each barrier away once; fails unless some state gives it away.
-    pub fn sabotage(&self, effort: Effort) -> Counts {
-        self.sabotage_but(effort, &[])
+    /// Takes each barrier away once, and notes whether some state gives it away.
+    pub fn sabotage(&self, barriers: &mut Barriers, effort: Effort) {
+        self.sabotage_but(barriers, effort, &[]);
     }
 
-    /// As [`Operation::sabotage`], and then the same for what finishes the operation after it was killed at several points,
-    /// as far as that has barriers of its own.
-    pub fn sabotage_with_finish(&self, effort: Effort, finish: &'a Run<'a>) -> Counts {
-        let mut counts = self.sabotage(effort);
+    /// As [`Operation::sabotage`], and then the same for what finishes the operation after it was killed at any point, as
+    /// far as that has barriers of its own.
+    pub fn sabotage_with_finish(&self, barriers: &mut Barriers, effort: Effort, finish: &'a Run<'a>) {
+        self.sabotage(barriers, effort);
         let whole = Journal::naming_barriers();
         let (host, _) = self.record(&whole);
-        let mut known = whole.places();
-        let events = whole.events();
+        let (known, events) = (whole.places(), whole.events());
         let is_barrier = |event: &Event| matches!(event, Event::Sync { .. } | Event::SyncFolder { .. });
-        let cuts: Vec<_> = (1..events.len()).filter(|cut| !is_barrier(&events[cut - 1]) && is_barrier(&events[*cut])).collect();
-        for cut in cuts {
+        for cut in (1..events.len()).filter(|cut| !is_barrier(&events[cut - 1]) && is_barrier(&events[*cut])) {
             let folder = tempfile::tempdir_in("/dev/shm").unwrap();
             host.killed_at(cut).put_into(folder.path());
-            let name = format!("{}, killed after {cut} of {} events", self.name, events.len());
-            let finishing = Operation::new(&name, folder, finish, self.judge);
+            let finishing = Operation::new(&format!("{}, finished", self.name), folder, finish, self.judge);
             let journal = Journal::naming_barriers();
             finishing.record(&journal);
             if journal.places().iter().any(|place| !known.contains(place) && !is_shown_elsewhere(place)) {
-                counts.add(finishing.sabotage_but(effort, &known));
-                known.extend(journal.places());
+                finishing.sabotage_but(barriers, effort, &known);
             }
         }
-        counts
     }
 
-    fn sabotage_but(&self, effort: Effort, known: &[String]) -> Counts {
+    fn sabotage_but(&self, barriers: &mut Barriers, effort: Effort, known: &[String]) {
         let whole = Journal::naming_barriers();
-        let states = self.states(&whole, effort).1.unwrap_or_else(|error| panic!("{}: {error}", self.name));
-        let mut counts = Counts { states, ..Counts::default() };
-        let mut missed = Vec::new();
-        for (barrier, place) in whole.places().iter().enumerate().filter(|(_, place)| !known.contains(place)) {
-            counts.taken_away += 1;
+        barriers.states += self.states(&whole, effort).1.unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        let mut asked: BTreeMap<String, usize> = BTreeMap::new();
+        for (barrier, place) in whole.places().into_iter().enumerate().filter(|(_, place)| !known.contains(place)) {
+            let time = *asked.entry(place.clone()).and_modify(|time| *time += 1).or_insert(1);
+            let row = barriers.rows.entry((place, time)).or_default();
+            barriers.taken_away += 1;
             match self.states(&Journal::without_barrier(barrier), effort).1 {
-                Err(error) => {
-                    counts.caught += 1;
-                    println!("  {barrier} {place}: {}", error.chars().take(150).collect::<String>());
+                Ok(states) => barriers.states += states,
+                Err(_) => {
+                    barriers.caught += 1;
+                    row.insert(self.name.clone());
                 }
-                Ok(states) if is_shown_elsewhere(place) => println!("  {barrier} {place}: {states} states, shown elsewhere"),
-                Ok(states) => missed.push(format!("{barrier} {place} ({states} states)")),
             }
         }
-        println!("barriers, {}: {} taken away, {} caught", self.name, counts.taken_away, counts.caught);
-        assert!(missed.is_empty(), "{}: nothing misses these barriers: {missed:#?}", self.name);
-        counts
     }
 
     /// Does it, recorded, in the folder as it was at first.
@@ -142,11 +137,34 @@ impl<'a> Operation<'a> {
     }
 }
 
-impl Counts {
-    pub fn add(&mut self, other: Self) {
-        self.states += other.states;
-        self.taken_away += other.taken_away;
-        self.caught += other.caught;
+impl Barriers {
+    /// Fails unless each is missed somewhere, and all are those of this section of docs/barriers.md.
+    pub fn assert(&self, section: &str) {
+        println!("barriers, {section}: {} taken away, {} caught, {} states", self.taken_away, self.caught, self.states);
+        let mut table = String::from("\n| barrier | missed in |\n|---|---|\n");
+        let mut missed = Vec::new();
+        for ((place, time), by) in &self.rows {
+            let mut by: Vec<_> = by.iter().map(String::as_str).collect();
+            if by.is_empty() {
+                match SHOWN_ELSEWHERE.iter().find(|(function, _)| place.split(" < ").next() == Some(function)) {
+                    Some((_, test)) => by.push(test),
+                    None => missed.push(format!("{place}, time {time}")),
+                }
+            }
+            let time = if *time > 1 { format!(", {time}") } else { String::new() };
+            let _ = writeln!(table, "| `{place}`{time} | {} |", by.join("; "));
+        }
+        assert!(missed.is_empty(), "{section}: nothing misses these barriers: {missed:#?}");
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/barriers.md");
+        let page = std::fs::read_to_string(&path).unwrap();
+        let (head, rest) = page.split_once(&format!("<!-- {section} -->\n")).unwrap();
+        let (old, tail) = rest.split_once("<!-- end -->\n").unwrap();
+        table.push('\n');
+        if std::env::var_os("BARRIERS_UPDATE").is_some() {
+            std::fs::write(&path, format!("{head}<!-- {section} -->\n{table}<!-- end -->\n{tail}")).unwrap();
+        } else {
+            assert!(old == table, "docs/barriers.md has other barriers; BARRIERS_UPDATE=1 writes it anew:\n{table}");
+        }
     }
 }
 
