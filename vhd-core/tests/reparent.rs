@@ -123,7 +123,7 @@ fn operations(visit: &mut dyn FnMut(&Operation<'_>)) {
 }
 
 #[test]
-fn each_state_of_a_power_cut_leads_to_the_old_or_the_new_parent() {
+fn a_power_cut_leads_to_the_old_or_the_new_parent() {
     operations(&mut |operation| {
         operation.enumerate(Effort::default());
     });

@@ -192,7 +192,8 @@ impl Blocks {
         self.slots.keys().next().copied()
     }
 
-    /// Moves all blocks that begin before `end` further back. Returns how many.
+    /// Moves all blocks that begin before `end` further back. Returns how many. Their old places are free with the next
+    /// barrier.
     pub(crate) fn clear_until(&mut self, end: u64, advance: &mut dyn FnMut(u64) -> Result<()>) -> Result<u64> {
         self.publish()?;
         let aligned = self.is_aligned();
@@ -207,7 +208,7 @@ impl Blocks {
             self.relocate(*block, to)?;
             advance(self.layout.slot_len())?;
         }
-        self.publish()?;
+        self.write_table()?;
         Ok(in_the_way.len() as u64)
     }
 
@@ -276,6 +277,17 @@ impl Blocks {
         if self.unpublished.is_empty() {
             return Ok(());
         }
+        self.write_table()?;
+        self.sync()?;
+        for start in std::mem::take(&mut self.left) {
+            self.slots.remove(&start);
+        }
+        self.find_gaps();
+        Ok(())
+    }
+
+    /// Writes what changed of the table, once the copies that it names are durable.
+    fn write_table(&mut self) -> Result<()> {
         if self.unsynced > 0 {
             self.sync()?;
         }
@@ -288,11 +300,6 @@ impl Blocks {
             let bytes: Vec<u8> = self.entries[first..last].iter().flat_map(|entry| entry.to_be_bytes()).collect();
             self.write(&bytes, self.bat_offset + sector * SECTOR)?;
         }
-        self.sync()?;
-        for start in std::mem::take(&mut self.left) {
-            self.slots.remove(&start);
-        }
-        self.find_gaps();
         Ok(())
     }
 

@@ -89,9 +89,11 @@ impl FooterMove {
         if self.to > self.from {
             // Length first: what it lacks is told before anything changed.
             storage.set_len((self.to + SECTOR).max(len)).map_err(failed)?;
-            storage.zero_range(self.from..self.end.min(self.to).max(self.from)).map_err(failed)?;
+            let zeroed = storage.zero_range(self.from..self.end.min(self.to).max(self.from));
+            zeroed.map_err(|error| Error::io(error, format!("can't be zeroed at {:#x}", self.from)))?;
         }
-        storage.write_at(&footer, self.to).map_err(failed)?;
+        let written = storage.write_at(&footer, self.to);
+        written.map_err(|error| Error::io(error, format!("footer can't be written at {:#x}", self.to)))?;
         storage.set_len(self.to + SECTOR).map_err(failed)
     }
 

@@ -167,7 +167,8 @@ impl Source {
         for extent in self.disk.extents_in(range)? {
             if let Some(offset) = extent.offset {
                 let end = offset + (extent.range.end - extent.range.start);
-                self.storage.punch_hole(offset..end).map_err(|error| Error::io(error, "can't be emptied"))?;
+                let emptied = self.storage.punch_hole(offset..end);
+                emptied.map_err(|error| Error::io(error, format!("can't be emptied at {offset:#x}")))?;
             }
         }
         Ok(())

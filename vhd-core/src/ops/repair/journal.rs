@@ -108,7 +108,8 @@ pub(super) fn execute(overlay: &Arc<Overlay>, image: &Path, repair: &Repair, hos
         base.set_len(after).map_err(failed)?;
     }
     for (at, bytes) in &changes {
-        base.write_at(bytes, *at).map_err(failed)?;
+        let written = base.write_at(bytes, *at);
+        written.map_err(|error| Error::io(error, format!("can't be repaired at {at:#x}")).at(image))?;
     }
     base.sync().map_err(failed)?;
     intent::remove(host, image)?;
@@ -179,7 +180,7 @@ pub(super) fn put_back(storage: &dyn Storage, journal: &Journal) -> Result<()> {
     let mut rest = &journal.bytes[..];
     for (at, len) in &journal.head.ranges {
         let (bytes, more) = rest.split_at((*len as usize).min(rest.len()));
-        storage.write_at(bytes, *at).map_err(failed)?;
+        storage.write_at(bytes, *at).map_err(|error| Error::io(error, format!("can't be put back at {at:#x}")))?;
         rest = more;
     }
     storage.sync().map_err(failed)
