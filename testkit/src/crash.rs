@@ -159,24 +159,31 @@ pub fn crash_states(
     effort: Effort,
     visit: &mut dyn FnMut(&CrashState) -> Result<(), String>,
 ) -> Result<usize, String> {
-    crash_states_of(initial, &Names::new(), events, effort, visit)
+    crash_states_from(initial, &Names::new(), events, 0, effort, visit)
 }
 
-/// As [`crash_states`], of files that have names.
+/// The files as a process sees them after so many events.
+#[must_use]
+pub fn as_written(initial: &[Vec<u8>], names: &Names, events: &[Event], cut: usize) -> CrashState {
+    let mut all = Durable::new(initial, names, events);
+    events[..cut].iter().for_each(|event| all.apply(event, |_| true));
+    let files = all.files.into_iter().map(|file| file.bytes).collect();
+    CrashState { files, names: all.names, cut, how: "all of it arrived".into() }
+}
+
+/// As [`crash_states`], of files that have names, for cuts from that event on.
 ///
 /// # Errors
 /// As there.
-pub fn crash_states_of(
+pub fn crash_states_from(
     initial: &[Vec<u8>],
     names: &Names,
     events: &[Event],
+    first: usize,
     effort: Effort,
     visit: &mut dyn FnMut(&CrashState) -> Result<(), String>,
 ) -> Result<usize, String> {
-    let mut durable = Durable { files: Vec::new(), names: names.clone() };
-    durable.files.extend(initial.iter().map(|bytes| Medium { bytes: bytes.clone() }));
-    let created = events.iter().filter(|event| matches!(event, Event::Create { .. })).count();
-    durable.files.resize(initial.len() + created, Medium { bytes: Vec::new() });
+    let mut durable = Durable::new(initial, names, events);
     let mut loose: Loose<'_> = Vec::new();
     let mut random = Random::new(effort.seed);
     let mut seen = HashSet::new();
@@ -189,6 +196,9 @@ pub fn crash_states_of(
                 Event::Mark(_) => seen.clear(),
                 _ => loose.push((cut - 1, event)),
             }
+        }
+        if cut < first {
+            continue;
         }
         for choice in choices(&loose, effort, &mut random) {
             let state = build(&durable, &loose, &choice, cut);
@@ -212,6 +222,13 @@ struct Durable {
 }
 
 impl Durable {
+    fn new(initial: &[Vec<u8>], names: &Names, events: &[Event]) -> Self {
+        let mut files: Vec<_> = initial.iter().map(|bytes| Medium { bytes: bytes.clone() }).collect();
+        let created = events.iter().filter(|event| matches!(event, Event::Create { .. })).count();
+        files.resize(initial.len() + created, Medium { bytes: Vec::new() });
+        Self { files, names: names.clone() }
+    }
+
     fn apply(&mut self, event: &Event, mask: impl Fn(usize) -> bool) {
         match event {
             Event::Write { file, .. } | Event::SetLen { file, .. } => self.files[*file].apply(event, mask),
@@ -242,6 +259,15 @@ enum Choice {
     Whole(u64),
     /// Each sector of each event by chance.
     Torn(u64),
+    /// Of this event the first sector arrived, or all but it; of the others all or nothing.
+    Cut {
+        /// The event.
+        event: usize,
+        /// The first sector arrived.
+        first: bool,
+        /// So did the others.
+        others: bool,
+    },
     /// All but one event.
     AllBut(usize),
     /// One event alone.
@@ -260,11 +286,20 @@ fn choices(loose: &Loose<'_>, effort: Effort, random: &mut Random) -> Vec<Choice
         choices.extend((0..n).flat_map(|index| [Choice::AllBut(index), Choice::Only(index)]));
         choices.extend((0..effort.samples).map(|_| Choice::Some(random.number())));
     }
-    let can_tear = loose.iter().any(|(_, event)| matches!(event, Event::Write { data, .. } if data.len() as u64 > SECTOR));
+    let can_tear = loose.iter().any(|(_, event)| is_long(event));
     if can_tear {
         choices.extend((0..effort.samples).map(|_| Choice::Torn(random.number())));
+        // What was written last is torn in each way; what was before it had its turn.
+        if let Some(event) = loose.iter().rposition(|(_, event)| is_long(event)) {
+            let ways = [(true, true), (true, false), (false, true), (false, false)];
+            choices.extend(ways.map(|(first, others)| Choice::Cut { event, first, others }));
+        }
     }
     choices
+}
+
+fn is_long(event: &Event) -> bool {
+    matches!(event, Event::Write { data, .. } if data.len() as u64 > SECTOR)
 }
 
 fn build(durable: &Durable, loose: &Loose<'_>, choice: &Choice, cut: usize) -> CrashState {
@@ -280,6 +315,13 @@ fn build(durable: &Durable, loose: &Loose<'_>, choice: &Choice, cut: usize) -> C
             Choice::AllBut(left_out) => index != *left_out,
             Choice::Only(one) => index == *one,
             Choice::Some(_) => chance.below(2) == 1,
+            Choice::Cut { event: torn, first, others } => {
+                if index == *torn {
+                    medium.apply(event, |sector| (sector == 0) == *first);
+                    arrived.push(format!("{number}*"));
+                }
+                index != *torn && *others
+            }
             Choice::Torn(_) => {
                 let sectors: Vec<bool> = match event {
                     Event::Write { data, .. } => (0..data.len() as u64 / SECTOR).map(|_| chance.below(2) == 1).collect(),

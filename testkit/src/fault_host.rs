@@ -1,10 +1,11 @@
 //! Real files and folders of which one change fails.
 
+use std::collections::HashMap;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use vhd_core::Error;
 use vhd_core::storage::{FileStorage, Host, LocalHost, Storage};
@@ -13,20 +14,40 @@ const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
 
 /// A host of which the n-th change fails, once or for ever: writes (half arrives), lengths, holes, syncs, and what is done
-/// to names.
+/// to names. Or the n-th sync of a file alone, which loses what was written to that file since the last one.
 #[derive(Clone, Debug)]
 pub struct FaultHost {
     at: usize,
     for_ever: bool,
     code: i32,
     calls: Arc<AtomicUsize>,
+    /// Syncs of files alone are counted, and lose what they should have kept.
+    loses: bool,
+    /// What is durable of each file that was ever opened, by what the host calls it.
+    durable: Arc<Mutex<HashMap<(u64, u64), Vec<u8>>>>,
+    /// File offset of the write that failed last.
+    failed_at: Arc<Mutex<Option<u64>>>,
 }
 
 impl FaultHost {
     /// Fails at change number `at`, counted from 1; for want of space or because the medium is broken.
     #[must_use]
     pub fn new(at: usize, for_ever: bool, no_space: bool) -> Self {
-        Self { at, for_ever, code: if no_space { ENOSPC } else { EIO }, calls: Arc::default() }
+        let code = if no_space { ENOSPC } else { EIO };
+        Self { at, for_ever, code, calls: Arc::default(), loses: false, durable: Arc::default(), failed_at: Arc::default() }
+    }
+
+    /// Sync number `at` of a file fails, counted from 1, and what was written to that file since it was last synced is gone:
+    /// what Linux does when a disk fails to take the page cache. The next sync succeeds.
+    #[must_use]
+    pub fn losing(at: usize) -> Self {
+        Self { loses: true, ..Self::new(at, false, false) }
+    }
+
+    /// Where in its file the write was that failed last; nothing when it was no write.
+    #[must_use]
+    pub fn failed_at(&self) -> Option<u64> {
+        *self.failed_at.lock().unwrap()
     }
 
     /// True when a change failed.
@@ -35,7 +56,17 @@ impl FaultHost {
         self.calls.load(Ordering::SeqCst) >= self.at
     }
 
+    /// A change that is no sync of a file.
     fn call(&self) -> io::Result<()> {
+        if self.loses { Ok(()) } else { self.count() }
+    }
+
+    /// A change of a range of a file.
+    fn call_at(&self, offset: u64) -> io::Result<()> {
+        self.call().inspect_err(|_| *self.failed_at.lock().unwrap() = Some(offset))
+    }
+
+    fn count(&self) -> io::Result<()> {
         let number = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
         let fails = number == self.at || (self.for_ever && number > self.at);
         if fails { Err(io::Error::from_raw_os_error(self.code)) } else { Ok(()) }
@@ -45,8 +76,12 @@ impl FaultHost {
         self.call().map_err(|error| Error::io(error, what).at(path))
     }
 
-    fn over(&self, file: Arc<dyn Storage>) -> Arc<dyn Storage> {
-        Arc::new(FaultFile { file, host: self.clone() })
+    fn over(&self, file: Arc<FileStorage>) -> Arc<dyn Storage> {
+        let identity = file.identity().unwrap();
+        if self.loses {
+            self.durable.lock().unwrap().entry(identity).or_insert_with(|| content(&*file));
+        }
+        Arc::new(FaultFile { file, host: self.clone(), identity })
     }
 }
 
@@ -57,7 +92,8 @@ impl Host for FaultHost {
 
     fn create(&self, path: &Path) -> Result<Arc<dyn Storage>, Error> {
         self.named(path, "can't be created")?;
-        Ok(self.over(LocalHost.create(path)?))
+        drop(LocalHost.create(path)?);
+        Ok(self.over(Arc::new(FileStorage::open(path, true)?)))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> Result<(), Error> {
@@ -85,8 +121,15 @@ impl Host for FaultHost {
 
 #[derive(Debug)]
 struct FaultFile {
-    file: Arc<dyn Storage>,
+    file: Arc<FileStorage>,
     host: FaultHost,
+    identity: (u64, u64),
+}
+
+fn content(file: &dyn Storage) -> Vec<u8> {
+    let mut bytes = vec![0; file.len().unwrap() as usize];
+    file.read_at(&mut bytes, 0).unwrap();
+    bytes
 }
 
 impl Storage for FaultFile {
@@ -95,7 +138,7 @@ impl Storage for FaultFile {
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
-        if let Err(error) = self.host.call() {
+        if let Err(error) = self.host.call_at(offset) {
             // Whole sectors of a half arrived.
             if let Some(first) = bufs.first() {
                 let len = (offset + first.len() as u64 / 2) / 512 * 512;
@@ -116,22 +159,33 @@ impl Storage for FaultFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.host.call()?;
-        self.file.sync()
+        if !self.host.loses {
+            self.host.call()?;
+            return self.file.sync();
+        }
+        let mut durable = self.host.durable.lock().unwrap();
+        if let Err(error) = self.host.count() {
+            let left = &durable[&self.identity];
+            self.file.set_len(left.len() as u64)?;
+            self.file.write_at(left, 0)?;
+            return Err(error);
+        }
+        durable.insert(self.identity, content(&*self.file));
+        Ok(())
     }
 
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
-        self.host.call()?;
+        self.host.call_at(range.start)?;
         self.file.punch_hole(range)
     }
 
     fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
-        self.host.call()?;
+        self.host.call_at(range.start)?;
         self.file.zero_range(range)
     }
 
     fn allocate(&self, range: Range<u64>) -> io::Result<()> {
-        self.host.call()?;
+        self.host.call_at(range.start)?;
         self.file.allocate(range)
     }
 

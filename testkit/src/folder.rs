@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use vhd_core::Error;
 use vhd_core::storage::{FileStorage, Host, LocalHost, Storage};
 
-use crate::crash::{CrashState, Effort, Names, crash_states_of};
+use crate::crash::{CrashState, Effort, Names, as_written, crash_states_from};
 use crate::record::{Event, Journal, RecordingStorage};
 
 /// Real files below a folder. Names in events are relative to it.
@@ -38,7 +38,8 @@ impl RecordingHost {
         Self { folder, journal: journal.clone(), files, names, numbers: Mutex::new(numbers) }
     }
 
-    /// Calls `visit` with each state that a power cut may leave of the folder; see [`crash_states_of`].
+    /// Calls `visit` with each state that a power cut may leave of the folder; where a barrier was left out, those from
+    /// there on, as the others are those of the run that has it.
     ///
     /// # Errors
     /// As there.
@@ -47,7 +48,14 @@ impl RecordingHost {
         effort: Effort,
         visit: &mut dyn FnMut(&CrashState) -> Result<(), String>,
     ) -> Result<usize, String> {
-        crash_states_of(&self.files, &self.names, &self.journal.events(), effort, visit)
+        let first = self.journal.dropped_at();
+        crash_states_from(&self.files, &self.names, &self.journal.events(), first, effort, visit)
+    }
+
+    /// The folder as it was after so many events, for a process that is killed there: nothing is lost.
+    #[must_use]
+    pub fn killed_at(&self, cut: usize) -> CrashState {
+        as_written(&self.files, &self.names, &self.journal.events(), cut)
     }
 
     fn name(&self, path: &Path) -> PathBuf {

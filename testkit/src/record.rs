@@ -72,6 +72,10 @@ pub struct Journal {
     searches: Arc<AtomicUsize>,
     /// The barrier that is left out, counted from 0 over all files; `usize::MAX` for none.
     dropped: Arc<AtomicUsize>,
+    /// Events before the barrier that is left out.
+    dropped_at: Arc<AtomicUsize>,
+    /// What asked for each barrier, where that is wanted.
+    places: Option<Arc<Mutex<Vec<String>>>>,
 }
 
 impl Journal {
@@ -89,6 +93,19 @@ impl Journal {
         let journal = Self::default();
         journal.dropped.store(n, Ordering::SeqCst);
         journal
+    }
+
+    /// One that notes which functions of the core ask for each barrier: see [`Journal::places`].
+    #[must_use]
+    pub fn naming_barriers() -> Self {
+        Self { places: Some(Arc::default()), ..Self::new() }
+    }
+
+    /// What asked for each barrier so far: functions of the core, the innermost first. Empty but for a journal that names
+    /// barriers.
+    #[must_use]
+    pub fn places(&self) -> Vec<String> {
+        self.places.as_ref().map(|places| places.lock().unwrap().clone()).unwrap_or_default()
     }
 
     /// Notes something that the client did or was told. Returns the event's position.
@@ -128,6 +145,11 @@ impl Journal {
         self.searches.load(Ordering::SeqCst)
     }
 
+    /// Events before the barrier that was left out: up to there all is as with it. 0 where none was.
+    pub(crate) fn dropped_at(&self) -> usize {
+        self.dropped_at.load(Ordering::SeqCst)
+    }
+
     pub(crate) fn push(&self, event: Event) {
         self.events.lock().unwrap().push(event);
     }
@@ -135,10 +157,35 @@ impl Journal {
     /// Counts a barrier, and notes it unless it is the one that is left out.
     pub(crate) fn barrier(&self, event: Event) {
         let n = self.syncs.fetch_add(1, Ordering::SeqCst);
-        if n != self.dropped.load(Ordering::SeqCst) {
+        if let Some(places) = &self.places {
+            places.lock().unwrap().push(place_of_call());
+        }
+        if n == self.dropped.load(Ordering::SeqCst) {
+            self.dropped_at.store(self.len(), Ordering::SeqCst);
+        } else {
             self.push(event);
         }
     }
+}
+
+/// The functions of the core that led here, the innermost first: the last part of the name of each.
+fn place_of_call() -> String {
+    let trace = std::backtrace::Backtrace::force_capture().to_string();
+    let mut functions: Vec<&str> = Vec::new();
+    for line in trace.lines() {
+        let Some((number, function)) = line.trim_start().split_once(": ") else { continue };
+        let is_ours = function.trim_start_matches('<').starts_with("vhd_core::");
+        if number.parse::<u32>().is_err() || !is_ours {
+            continue;
+        }
+        let name = function.trim_end_matches("::{{closure}}").rsplit("::").next().unwrap_or(function);
+        // These stand between others for all operations alike.
+        let is_between = ["sync", "open_with_file", "open_after", "execute"].contains(&name);
+        if !is_between && functions.last() != Some(&name) {
+            functions.push(name);
+        }
+    }
+    functions.join(" < ")
 }
 
 /// A file whose changes go to a [`Journal`].

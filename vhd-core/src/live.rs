@@ -17,7 +17,7 @@ use crate::block::{BlockDevice, Capabilities, Disk, Extent, ZeroMode};
 use crate::chain::{Chain, ChainOptions, ChildOptions, Layer, UndoSession, create_over_open, open_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Created, Image, OpenOptions};
-use crate::storage::{FileStorage, LockMode, folder_of, resolve};
+use crate::storage::{FileStorage, Host, LockMode, folder_of, resolve};
 
 /// A disk that can get a new leaf, or another size, while others read and write it.
 ///
@@ -156,8 +156,9 @@ pub fn snapshot_all(new: &[NewLeaf<'_>]) -> Result<Vec<Created>> {
         match state.open().and_then(|open| Prepared::new(open, leaf)) {
             Ok(ready) => prepared.push(ready),
             Err(error) => {
-                for ready in prepared {
-                    ready.undo();
+                // The states of those that were prepared come first, in the same order.
+                for (ready, state) in prepared.into_iter().zip(&states) {
+                    ready.undo(state);
                 }
                 return Err(error);
             }
@@ -206,8 +207,9 @@ impl Prepared {
             uuid = Uuid::new_v4().into_bytes();
             Image::set_uuid_of(&**old.storage(), uuid).map_err(|error| error.at(old.path()))?;
         }
-        let created = create_over_open(&new.path, old, uuid, &new.options)?;
-        Self::open(open, old.path(), &new.path, created).inspect_err(|_| remove(&new.path))
+        let host = &*open.options.host;
+        let created = create_over_open(host, &new.path, old, uuid, &new.options)?;
+        Self::open(open, old.path(), &new.path, created).inspect_err(|_| remove(host, &new.path))
     }
 
     fn open(open: &Open, old: &Path, new: &Path, created: Created) -> Result<Self> {
@@ -225,10 +227,12 @@ impl Prepared {
         Ok(Self { created, leaf, file, parent, parent_file })
     }
 
-    fn undo(self) {
+    fn undo(self, state: &State) {
         let path = self.leaf.path().to_owned();
         drop(self);
-        remove(&path);
+        if let State::Open(open) = state {
+            remove(&*open.options.host, &path);
+        }
     }
 
     /// Makes it what is used.
@@ -251,9 +255,10 @@ impl Prepared {
     }
 }
 
-fn remove(path: &Path) {
-    if let Err(error) = std::fs::remove_file(path) {
-        tracing::warn!("{}: a snapshot that failed can't be removed: {error}", path.display());
+/// For good: a child that came back after a power cut would be of an older moment than its parent.
+fn remove(host: &dyn Host, path: &Path) {
+    if let Err(error) = host.remove(path).and_then(|()| host.sync_folder(folder_of(path))) {
+        tracing::warn!("a snapshot that failed can't be removed: {error}");
     }
 }
 

@@ -20,15 +20,14 @@ use vhd_core::ops::check::{Code, Finding, Severity};
 use vhd_core::ops::repair::{Repair, RepairMode, plan, repair, undo_repair};
 use vhd_core::storage::{MemoryStorage, Storage};
 use vhd_core::{Disk, Error, ErrorKind};
-use vhd_testkit::crash::{CrashState, Effort};
-use vhd_testkit::folder::RecordingHost;
-use vhd_testkit::record::Journal;
+use vhd_testkit::crash::Effort;
 use vhd_testkit::tools::QemuImg;
 
 use proptest::prelude::*;
 use vhd_testkit::fixture::{Layout, refresh_checksums};
 
 use self::damages::{Case, cases};
+use self::support::sabotage::{Barriers, Operation};
 use self::support::{assert_error, files_of, options};
 
 const PATH: &str = "test.vhd";
@@ -268,45 +267,84 @@ fn qemu_reads_what_was_repaired() {
     }
 }
 
-/// Repairs a recorded copy, and judges each state. Returns states and barriers.
-fn enumerate(case: &Case, without: usize) -> (Result<usize, String>, usize) {
-    let (folder, path) = file_of(case);
-    let journal = Journal::without_barrier(without);
-    let host = Arc::new(RecordingHost::new(folder.path(), &journal));
-    let chain = ChainOptions { host: Arc::clone(&host) as _, ..options(false) };
-    repair(&path, RepairMode::All, false, &chain).unwrap();
-    let done = std::fs::read(&path).unwrap();
-    let scratch = tempfile::tempdir_in("/dev/shm").unwrap();
-    let states = host.crash_states(Effort { exhaustive: 4, samples: 4, seed: 1 }, &mut |state: &CrashState| {
-        state.put_into(scratch.path());
-        let path = scratch.path().join("disk.vhd");
-        let found = std::fs::read(&path).map_err(|error| error.to_string())?;
-        let refused = Disk::open(&path, &options(false)).is_err_and(|error| error.to_string().contains("--repair"));
-        if found != case.bytes && found != done && !refused {
-            return Err("half repaired, and it opens".into());
-        }
-        if found != done || refused {
+const JOURNAL: &str = "disk.vhd.vhd-repair-undo";
+
+/// What must hold after a power cut in a repair, or in the one that takes it back: the original or the repaired image, or a
+/// refusal that names the command; then the repair can be done, and taken back.
+fn judge_cut(folder: &Path, case: &Case, repaired: &[u8], expected: Option<&[u8]>) -> Result<(), String> {
+    let path = folder.join("disk.vhd");
+    let read = || std::fs::read(&path).map_err(|error| error.to_string());
+    let found = read()?;
+    let refused = Disk::open(&path, &options(false)).is_err_and(|error| error.to_string().contains("--repair"));
+    if expected.is_some_and(|expected| refused || found != expected) {
+        return Err("answered, and not done".into());
+    }
+    if found != case.bytes && found != repaired && !refused {
+        return Err("half repaired, and it opens".into());
+    }
+    if expected != Some(&case.bytes) {
+        if found != repaired || refused {
             repair(&path, RepairMode::All, false, &options(false)).map_err(|error| format!("again: {error}"))?;
         }
-        let found = std::fs::read(&path).map_err(|error| error.to_string())?;
-        if found != done {
+        if read()? != repaired {
             return Err("repaired otherwise".into());
         }
         undo_repair(&path, false, &options(false)).map_err(|error| format!("undo: {error}"))?;
-        let found = std::fs::read(&path).map_err(|error| error.to_string())?;
-        if found == case.bytes { Ok(()) } else { Err("the original is lost".into()) }
-    });
-    (states, journal.syncs())
+    }
+    if read()? != case.bytes {
+        return Err("the original is lost".into());
+    }
+    let left: Vec<_> = files_of(folder).into_keys().filter(|left| *left != path).collect();
+    if left.is_empty() { Ok(()) } else { Err(format!("left: {left:?}")) }
+}
+
+/// What must hold after a power cut while a repair is taken back.
+fn judge_cut_of_undo(folder: &Path, case: &Case, repaired: &[u8], done: bool) -> Result<(), String> {
+    let path = folder.join("disk.vhd");
+    if !done && folder.join(JOURNAL).exists() {
+        let copy = files_of(folder);
+        undo_repair(&path, false, &options(false)).map_err(|error| format!("undo again: {error}"))?;
+        if std::fs::read(&path).map_err(|error| error.to_string())? != case.bytes || files_of(folder).len() != 1 {
+            return Err("undone otherwise".into());
+        }
+        copy.into_iter().for_each(|(path, bytes)| std::fs::write(path, bytes).unwrap());
+    }
+    judge_cut(folder, case, repaired, done.then_some(&case.bytes))
+}
+
+/// Calls `visit` with each case, repaired and taken back, and what finishes it.
+fn operations(visit: &mut dyn FnMut(&Operation<'_>, &dyn Fn(&Path, &ChainOptions))) {
+    for name in ["cut", "BAT of zeros", "no header"] {
+        let case = case_named(name);
+        let (repaired_folder, path) = file_of(&case);
+        let forth = |folder: &Path, chain: &ChainOptions| {
+            drop(repair(&folder.join("disk.vhd"), RepairMode::All, false, chain).unwrap());
+        };
+        forth(repaired_folder.path(), &options(false));
+        let repaired = std::fs::read(&path).unwrap();
+        let judge = |folder: &Path, done: bool| judge_cut(folder, &case, &repaired, done.then_some(&repaired));
+        visit(&Operation::new(&format!("repair, {name}"), file_of(&case).0, &forth, &judge), &forth);
+        let back =
+            |folder: &Path, chain: &ChainOptions| drop(undo_repair(&folder.join("disk.vhd"), false, chain).unwrap());
+        // Of what is done already it says so.
+        let finish = |folder: &Path, chain: &ChainOptions| drop(undo_repair(&folder.join("disk.vhd"), false, chain));
+        let judge = |folder: &Path, done: bool| judge_cut_of_undo(folder, &case, &repaired, done);
+        visit(&Operation::new(&format!("undo of a repair, {name}"), repaired_folder, &back, &judge), &finish);
+    }
 }
 
 #[test]
 fn a_power_cut_at_any_point_leaves_the_original_or_the_repaired_image() {
-    for name in ["cut", "BAT of zeros", "no header"] {
-        let case = case_named(name);
-        let (states, syncs) = enumerate(&case, usize::MAX);
-        let states = states.unwrap_or_else(|error| panic!("{name}: {error}"));
-        let caught: Vec<_> = (0..syncs).filter(|barrier| enumerate(&case, *barrier).0.is_err()).collect();
-        println!("{name}: {states} states, barriers of {syncs} taken away and found: {caught:?}");
-        assert!(caught.len() >= 3, "{name}: {caught:?} of {syncs}");
-    }
+    operations(&mut |operation, _| {
+        operation.enumerate(Effort { exhaustive: 4, samples: 4, seed: 1 });
+    });
+}
+
+#[test]
+fn every_barrier_is_needed() {
+    let mut barriers = Barriers::default();
+    operations(&mut |operation, finish| {
+        operation.sabotage_with_finish(&mut barriers, Effort { exhaustive: 4, samples: 4, seed: 1 }, finish);
+    });
+    barriers.assert("repair");
 }

@@ -8,7 +8,6 @@ mod support;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use tempfile::TempDir;
 use vhd_core::chain::{Chain, ChainOptions, ParentPolicy, read_locators};
@@ -19,10 +18,9 @@ use vhd_core::storage::FileStorage;
 use vhd_core::{Disk, ErrorKind};
 use vhd_testkit::crash::Effort;
 use vhd_testkit::fixture::{BlockFill, FixtureSpec, Kind, Layout, Locator, Parent};
-use vhd_testkit::folder::RecordingHost;
-use vhd_testkit::record::Journal;
 use vhd_testkit::tools::VhdiMount;
 
+use self::support::sabotage::{Barriers, Operation};
 use self::support::{new_child, new_image, open, options, read_all};
 
 const LONG: &str = "a folder with a name that is long enough for its path not to fit where the old one was, however it is encoded, \
@@ -94,38 +92,50 @@ fn specs() -> Vec<Option<FixtureSpec>> {
     ]
 }
 
-#[test]
-fn each_state_of_a_power_cut_leads_to_the_old_or_the_new_parent() {
-    let scratch = tempfile::tempdir_in("/dev/shm").unwrap();
-    let mut caught = 0;
+/// What must hold after a power cut: the old parent or the new, and the new one once told so again.
+fn judge(folder: &Path, other: &str, done: bool) -> Result<(), String> {
+    let child = folder.join("child.vhd");
+    match shown(&child)? {
+        1 if !done => {}
+        2 => {}
+        found => return Err(format!("shows {found}")),
+    }
+    reparent(&child, &folder.join(other), true, &options(false)).map_err(|error| format!("again: {error}"))?;
+    match shown(&child)? {
+        2 => Ok(()),
+        found => Err(format!("again, and it shows {found}")),
+    }
+}
+
+/// Calls `visit` with locators of every size, in a folder near and far.
+fn operations(visit: &mut dyn FnMut(&Operation<'_>)) {
     for other in ["other.vhd", &format!("{LONG}/other.vhd")] {
-        for spec in specs() {
-            let it = Folder::new(spec.as_ref(), other);
-            let saved = support::files_of(it.folder.path());
-            let run = |journal: Journal| {
-                saved.iter().for_each(|(path, bytes)| fs::write(path, bytes).unwrap());
-                let host = Arc::new(RecordingHost::new(it.folder.path(), &journal));
-                let chain = ChainOptions { host: Arc::clone(&host) as _, ..options(false) };
-                reparent(&it.child(), &it.other, true, &chain).unwrap();
-                let end = journal.len();
-                let states = host.crash_states(Effort::default(), &mut |state| {
-                    state.put_into(scratch.path());
-                    match shown(&scratch.path().join("child.vhd"))? {
-                        1 if state.cut < end => Ok(()),
-                        2 => Ok(()),
-                        found => Err(format!("shows {found}")),
-                    }
-                });
-                (states, journal.syncs())
+        for (number, spec) in specs().into_iter().enumerate() {
+            let Folder { folder, .. } = Folder::new(spec.as_ref(), other);
+            let run = |folder: &Path, chain: &ChainOptions| {
+                drop(reparent(&folder.join("child.vhd"), &folder.join(other), true, chain).unwrap());
             };
-            let (states, syncs) = run(Journal::new());
-            println!("{} states, {syncs} barriers", states.unwrap());
-            assert_eq!(shown(&it.child()), Ok(2));
-            caught += (0..syncs).filter(|barrier| run(Journal::without_barrier(*barrier)).0.is_err()).count();
+            let judge = |folder: &Path, done: bool| judge(folder, other, done);
+            let name = format!("reparent, child {number}, a path of {} letters", other.len());
+            visit(&Operation::new(&name, folder, &run, &judge));
         }
     }
-    println!("barriers taken away and found: {caught}");
-    assert!(caught >= 16, "{caught}");
+}
+
+#[test]
+fn a_power_cut_leads_to_the_old_or_the_new_parent() {
+    operations(&mut |operation| {
+        operation.enumerate(Effort::default());
+    });
+}
+
+#[test]
+fn every_barrier_is_needed() {
+    let mut barriers = Barriers::default();
+    operations(&mut |operation| {
+        operation.sabotage(&mut barriers, Effort::default());
+    });
+    barriers.assert("reparent");
 }
 
 #[test]

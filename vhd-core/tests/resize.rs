@@ -10,7 +10,6 @@ mod support;
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
 
 use vhd_core::chain::{Chain, ChainOptions};
 use vhd_core::image::NewKind;
@@ -19,17 +18,17 @@ use vhd_core::ops::resize::{ResizeOptions, Resized, resize};
 use vhd_core::partition::{PartitionTable, TableKind};
 use vhd_core::storage::FileStorage;
 use vhd_core::{Disk, Error, ErrorKind, Progress};
-use vhd_testkit::crash::{CrashState, Effort};
+use vhd_testkit::crash::Effort;
 use vhd_testkit::fixture::{BlockFill, FixtureSpec, Kind, Layout, Locator, Parent, catalogue};
-use vhd_testkit::folder::RecordingHost;
-use vhd_testkit::record::Journal;
 use vhd_testkit::tagged::Tag;
 use vhd_testkit::tools::QemuImg;
 
+use self::support::sabotage::{Barriers, Operation};
 use self::support::{assert_error, files_of, new_child, new_image, open, options, read_all};
 
 const BLOCK: u64 = 4096;
 const SHRINK: ResizeOptions = ResizeOptions { shrink: true, discard_data: false, force: false, dry_run: false };
+const CUT: ResizeOptions = ResizeOptions { discard_data: true, ..SHRINK };
 
 fn run_with(path: &Path, size: u64, how: &ResizeOptions, chain: &ChainOptions) -> Result<Resized, Error> {
     resize(path, size, how, chain, &Progress::default())
@@ -46,11 +45,6 @@ fn findings(path: &Path) -> Vec<Finding> {
     // Where a block made room for the table, the rest of its space may be too small for another one.
     let is_bad = |finding: &&Finding| finding.severity > Severity::Note && finding.code != Code::LeakedSpace;
     report.findings.iter().filter(is_bad).cloned().collect()
-}
-
-#[track_caller]
-fn assert_clean(path: &Path, what: &str) {
-    assert!(findings(path).is_empty(), "{what}: {:?}", findings(path));
 }
 
 fn fill(path: &Path, image: u32, blocks: impl Iterator<Item = u64>) {
@@ -236,49 +230,31 @@ fn a_gpt_follows_the_end_of_the_disk() {
     }
 }
 
-/// Resizes a recorded copy of a folder, and judges each state. Returns states and barriers.
-fn enumerate(folder: &Path, size: u64, without: usize) -> (Result<usize, String>, usize) {
-    let saved = files_of(folder);
+/// What must hold after a power cut: the old size or the new, and the new one once resized again.
+fn judge(folder: &Path, content: &[u8], expected: &[u8], done: bool) -> Result<(), String> {
     let disk = folder.join("disk.vhd");
-    let content = read_all(&open(&disk, false));
-    let journal = Journal::without_barrier(without);
-    let host = Arc::new(RecordingHost::new(folder, &journal));
-    let cut = ResizeOptions { discard_data: true, ..SHRINK };
-    run_with(&disk, size, &cut, &ChainOptions { host: Arc::clone(&host) as _, ..options(false) }).unwrap();
-    let mut expected = content.clone();
-    expected.resize(size as usize, 0);
-    let scratch = tempfile::tempdir_in("/dev/shm").unwrap();
-    let mut number = 0;
-    let states = host.crash_states(Effort { exhaustive: 4, samples: 4, seed: 1 }, &mut |state: &CrashState| {
-        number += 1;
-        state.put_into(scratch.path());
-        let disk = scratch.path().join("disk.vhd");
-        let same = |what: &str, wanted: &[&Vec<u8>]| {
-            let opened = match Disk::open(&disk, &options(false)) {
-                // It says how to go on.
-                Err(error) if error.to_string().contains("vhd resize") && wanted.len() > 1 => return Ok(()),
-                opened => opened.map_err(|error| format!("{what}: {error}"))?,
-            };
-            let mut found = vec![0; opened.size() as usize];
-            opened.read_at(&mut found, 0).map_err(|error| format!("{what}: {error}"))?;
-            let wanted =
-                wanted.iter().find(|wanted| wanted.len() == found.len()).ok_or(format!("{what}: {} bytes", found.len()))?;
-            vhd_testkit::tagged::compare(&found, wanted, 0).map_err(|error| format!("{what}: {error}"))
+    let same = |what: &str, wanted: &[&[u8]]| {
+        let opened = match Disk::open(&disk, &options(false)) {
+            // It says how to go on.
+            Err(error) if error.to_string().contains("vhd resize") && wanted.len() > 1 => return Ok(()),
+            opened => opened.map_err(|error| format!("{what}: {error}"))?,
         };
-        same("after the cut", &[&content, &expected])?;
-        run_with(&disk, size, &cut, &options(false)).map_err(|error| format!("again: {error}"))?;
-        same("resized again", &[&expected])?;
-        if number % 10 == 0 {
-            assert_clean(&disk, "resized again");
-        }
-        Ok(())
-    });
-    saved.into_iter().for_each(|(path, bytes)| std::fs::write(path, bytes).unwrap());
-    (states, journal.syncs())
+        let mut found = vec![0; opened.size() as usize];
+        opened.read_at(&mut found, 0).map_err(|error| format!("{what}: {error}"))?;
+        let wanted =
+            wanted.iter().find(|wanted| wanted.len() == found.len()).ok_or(format!("{what}: {} bytes", found.len()))?;
+        vhd_testkit::tagged::compare(&found, wanted, 0).map_err(|error| format!("{what}: {error}"))
+    };
+    let both = [expected, content];
+    same("after the cut", &both[..if done { 1 } else { 2 }])?;
+    run_with(&disk, expected.len() as u64, &CUT, &options(false)).map_err(|error| format!("again: {error}"))?;
+    same("resized again", &[expected])?;
+    let found = findings(&disk);
+    if found.is_empty() { Ok(()) } else { Err(format!("resized again: {found:?}")) }
 }
 
-#[test]
-fn a_power_cut_at_any_point_leaves_the_old_size_or_the_new() {
+/// Calls `visit` with each case, and what finishes it.
+fn operations(visit: &mut dyn FnMut(&Operation<'_>, &dyn Fn(&Path, &ChainOptions))) {
     type Make = fn(&Path);
     let dynamic: Make = |folder| {
         new_image(&folder.join("disk.vhd"), NewKind::Dynamic, 20 * BLOCK + 1024, BLOCK as u32);
@@ -312,11 +288,27 @@ fn a_power_cut_at_any_point_leaves_the_old_size_or_the_new() {
     ] {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         make(folder.path());
-        let (states, syncs) = enumerate(folder.path(), size, usize::MAX);
-        let states = states.unwrap_or_else(|error| panic!("{name}: {error}"));
-        let caught: Vec<_> = (0..syncs).filter(|barrier| enumerate(folder.path(), size, *barrier).0.is_err()).collect();
-        println!("{name}: {states} states, barriers of {syncs} taken away and found: {caught:?}");
-        // Where nothing moves but the end of the table, the header in front is right at every point.
-        assert!(!caught.is_empty(), "{name}: {caught:?} of {syncs}");
+        let content = read_all(&open(&folder.path().join("disk.vhd"), false));
+        let mut expected = content.clone();
+        expected.resize(size as usize, 0);
+        let run = |folder: &Path, chain: &ChainOptions| drop(run_with(&folder.join("disk.vhd"), size, &CUT, chain).unwrap());
+        let judge = |folder: &Path, done: bool| judge(folder, &content, &expected, done);
+        visit(&Operation::new(&format!("resize, {name}"), folder, &run, &judge), &run);
     }
+}
+
+#[test]
+fn a_power_cut_at_any_point_leaves_the_old_size_or_the_new() {
+    operations(&mut |operation, _| {
+        operation.enumerate(Effort { exhaustive: 4, samples: 4, seed: 1 });
+    });
+}
+
+#[test]
+fn every_barrier_is_needed() {
+    let mut barriers = Barriers::default();
+    operations(&mut |operation, finish| {
+        operation.sabotage_with_finish(&mut barriers, Effort { exhaustive: 4, samples: 4, seed: 1 }, finish);
+    });
+    barriers.assert("resize");
 }

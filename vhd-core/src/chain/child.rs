@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Creator, DEFAULT_BLOCK_SIZE, PlatformCode, Timestamp};
 use crate::image::{CreateOptions, Created, Image, NewKind, OpenOptions, ParentLink, create_file_on};
 use crate::intent;
-use crate::storage::{FileStorage, Host, LocalHost, LockMode, folder_of};
+use crate::storage::{FileStorage, Host, LockMode, folder_of};
 
 /// A new differencing image.
 #[derive(Clone, Debug)]
@@ -102,10 +102,16 @@ fn refuse_unfinished(parent: &Path, image: &Image, open: &ChainOptions) -> Resul
 }
 
 /// Makes a differencing image at `path` over a leaf that this process has open, and whose identifier is `uuid`.
-pub(crate) fn create_over_open(path: &Path, leaf: &Image, uuid: [u8; 16], options: &ChildOptions) -> Result<Created> {
+pub(crate) fn create_over_open(
+    host: &dyn Host,
+    path: &Path,
+    leaf: &Image,
+    uuid: [u8; 16],
+    options: &ChildOptions,
+) -> Result<Created> {
     let block = leaf.layout().map(|layout| layout.block_size());
     let basis = Basis { uuid, size: size_over(path, leaf.size(), options)?, block };
-    create_over(&LocalHost, path, leaf.path(), &basis, options, Vec::new())
+    create_over(host, path, leaf.path(), &basis, options, Vec::new())
 }
 
 fn size_over(path: &Path, parent: u64, options: &ChildOptions) -> Result<u64> {

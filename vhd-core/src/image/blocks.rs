@@ -4,6 +4,7 @@
 //! What the disk reads stays the same throughout: a block is copied before an entry names the copy, and space is used
 //! again only once no durable entry names it.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
@@ -44,6 +45,8 @@ pub(crate) struct Blocks {
     file_len: u64,
     /// Bytes that were copied since the table was published.
     unsynced: u64,
+    /// Something was written since the last barrier.
+    dirty: Cell<bool>,
     buffer: AlignedBuffer,
     /// A range of the file that has no holes.
     no_hole: Range<u64>,
@@ -84,6 +87,7 @@ impl Blocks {
             floor,
             file_len: footers.file_len,
             unsynced: 0,
+            dirty: Cell::new(false),
             buffer: AlignedBuffer::new(DATA_ALIGNMENT as usize),
             no_hole: 0..0,
             storage,
@@ -167,8 +171,8 @@ impl Blocks {
             if self.layout.data_offset(self.entries[block as usize]) % DATA_ALIGNMENT == 0 {
                 continue;
             }
-            // What was left since the last publication may be the gap that is needed.
-            if self.lowest_gap(true).is_none() && !self.left.is_empty() {
+            // What was left last may be the gap that is needed, once the table is published.
+            if self.lowest_gap(true).is_none() && self.left.last().is_some_and(|left| self.has_room_around(*left)) {
                 self.publish()?;
             }
             let to = match self.lowest_gap(true) {
@@ -188,7 +192,8 @@ impl Blocks {
         self.slots.keys().next().copied()
     }
 
-    /// Moves all blocks that begin before `end` further back. Returns how many.
+    /// Moves all blocks that begin before `end` further back. Returns how many. Their old places are free with the next
+    /// barrier.
     pub(crate) fn clear_until(&mut self, end: u64, advance: &mut dyn FnMut(u64) -> Result<()>) -> Result<u64> {
         self.publish()?;
         let aligned = self.is_aligned();
@@ -203,12 +208,12 @@ impl Blocks {
             self.relocate(*block, to)?;
             advance(self.layout.slot_len())?;
         }
-        self.publish()?;
+        self.write_table()?;
         Ok(in_the_way.len() as u64)
     }
 
     /// Takes out of the way what the last block holds beyond the end of the disk, which shows when the disk grows: zeros in
-    /// a dynamic disk, nothing in a differencing one. Returns true if there was anything.
+    /// a dynamic disk, nothing in a differencing one. Returns true if there was anything; it is durable with the next barrier.
     pub(crate) fn clear_beyond_end(&mut self, size: u64, differencing: bool) -> Result<bool> {
         let within = size % self.layout.block_size();
         let Some(last) = self.layout.blocks().checked_sub(1).filter(|last| within > 0 && self.is_allocated(*last)) else {
@@ -233,9 +238,6 @@ impl Blocks {
             }
             changed
         };
-        if changed {
-            self.sync()?;
-        }
         Ok(changed)
     }
 
@@ -251,6 +253,12 @@ impl Blocks {
     /// Makes all durable and cuts the file behind its last block. A power cut may leave the length without the footer:
     /// the header copy counts then.
     pub(crate) fn cut(&mut self) -> Result<()> {
+        self.shorten()?;
+        if self.dirty.get() { self.sync() } else { Ok(()) }
+    }
+
+    /// As [`Blocks::cut`], without the last barrier: for who opens the image next, which begins with one.
+    pub(crate) fn shorten(&mut self) -> Result<()> {
         self.publish()?;
         let end = self.slots.keys().next_back().map_or(0, |start| start + self.layout.slot_len()).max(self.floor);
         let len = self.place.file_len(end);
@@ -261,7 +269,7 @@ impl Blocks {
             }
             self.file_len = len;
         }
-        self.sync()
+        Ok(())
     }
 
     /// Makes what was done durable; then what was left is free.
@@ -269,6 +277,17 @@ impl Blocks {
         if self.unpublished.is_empty() {
             return Ok(());
         }
+        self.write_table()?;
+        self.sync()?;
+        for start in std::mem::take(&mut self.left) {
+            self.slots.remove(&start);
+        }
+        self.find_gaps();
+        Ok(())
+    }
+
+    /// Writes what changed of the table, once the copies that it names are durable.
+    fn write_table(&mut self) -> Result<()> {
         if self.unsynced > 0 {
             self.sync()?;
         }
@@ -281,11 +300,6 @@ impl Blocks {
             let bytes: Vec<u8> = self.entries[first..last].iter().flat_map(|entry| entry.to_be_bytes()).collect();
             self.write(&bytes, self.bat_offset + sector * SECTOR)?;
         }
-        self.sync()?;
-        for start in std::mem::take(&mut self.left) {
-            self.slots.remove(&start);
-        }
-        self.find_gaps();
         Ok(())
     }
 
@@ -314,6 +328,16 @@ impl Blocks {
             (at + self.layout.slot_len() <= *end).then_some(at)
         };
         self.gaps.iter().find_map(fits)
+    }
+
+    /// True when the space around a slot that was left, with others beside it that were, holds an aligned slot.
+    fn has_room_around(&self, left: u64) -> bool {
+        let len = self.layout.slot_len();
+        let is_used = |start: &&u64| !self.left.contains(start);
+        let before = self.slots.range(..left).rev().map(|(start, _)| start).find(is_used).map_or(0, |start| start + len);
+        let after = self.slots.range(left..).map(|(start, _)| *start).find(|start| is_used(&start));
+        let start = self.layout.aligned_slot_start(before.max(self.floor));
+        start + len <= after.unwrap_or(self.file_len - SECTOR)
     }
 
     /// Makes the file longer by a slot, and the footer stand behind it.
@@ -382,6 +406,7 @@ impl Blocks {
         if self.dry {
             return Ok(());
         }
+        self.dirty.set(true);
         self.storage.write_at(bytes, at).map_err(|error| Error::io(error, format!("can't be written at {at:#x}")))
     }
 
@@ -389,6 +414,7 @@ impl Blocks {
         if self.dry {
             return Ok(());
         }
+        self.dirty.set(false);
         self.storage.sync().map_err(|error| Error::io(error, "can't be synced"))
     }
 }

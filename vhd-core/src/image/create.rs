@@ -216,6 +216,12 @@ impl Image {
     /// # Errors
     /// As the host fails, or the image is not open for writing.
     pub fn set_uuid_of(storage: &dyn Storage, uuid: [u8; 16]) -> Result<()> {
+        Self::write_uuid_of(storage, uuid)?;
+        storage.sync().map_err(|error| Error::io(error, "can't be synced"))
+    }
+
+    /// As [`Image::set_uuid_of`], without the barrier: for who opens the image next, which begins with one.
+    pub(crate) fn write_uuid_of(storage: &dyn Storage, uuid: [u8; 16]) -> Result<()> {
         let footers = super::Footers::read(storage).map_err(|error| Error::io(error, "can't be read"))?;
         let (mut footer, _) = footers.authority(false).map_err(|error| Error::new(ErrorKind::Corrupt, error.to_string()))?;
         footer.set_uuid(uuid);
@@ -223,7 +229,6 @@ impl Image {
         if footer.disk_type() != DiskType::Fixed {
             write(storage, &footer.to_bytes(), 0)?;
         }
-        write(storage, &footer.to_bytes(), footers.trailing_at)?;
-        storage.sync().map_err(|error| Error::io(error, "can't be synced"))
+        write(storage, &footer.to_bytes(), footers.trailing_at)
     }
 }

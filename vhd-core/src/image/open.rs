@@ -10,7 +10,7 @@ use super::bat::Bat;
 use super::bitmap::BitmapCache;
 use super::commit::Meta;
 use super::footers::{Authority, Footers};
-use super::prepare::{check_metadata, complete_short_footer, footer_place, free_ranges, mend, mend_trailing, scan_blocks};
+use super::prepare::{check_metadata, footer_place, free_ranges, mend, mend_fixed, scan_blocks};
 use super::{Image, Sparse};
 use crate::error::{Error, ErrorKind, Result, fail};
 use crate::format::{
@@ -119,10 +119,7 @@ fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result
             meta = Meta::new(u32::try_from(blocks.len()).unwrap_or(u32::MAX), free, place);
             file_len = mend(&*storage, sparse, &found, end)?;
         } else {
-            if found.footers.trailing_is_short {
-                file_len = complete_short_footer(&*storage, &found.footers)?;
-            }
-            mend_trailing(&*storage, &found)?;
+            file_len = mend_fixed(&*storage, &found)?;
         }
     }
     Ok(Image {

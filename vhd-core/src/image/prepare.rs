@@ -117,8 +117,9 @@ pub(super) fn free_ranges(sparse: &Sparse, blocks: &[u32], footers: &Footers) ->
     free
 }
 
-/// Writes what a writable image needs: both footers valid and equal, the batmap cleared. The footer that counts is
-/// never touched before the other one is durable. Returns the file's length.
+/// Writes what a writable image needs: both footers valid and equal, the batmap cleared; then a barrier, if anything
+/// changed. None between them: the footer that counts changes in one sector, to what says the same. Returns the file's
+/// length.
 pub(super) fn mend(storage: &dyn Storage, sparse: &Sparse, found: &Found, end: u64) -> Result<u64> {
     let footers = &found.footers;
     let bytes = found.footer.to_bytes();
@@ -129,6 +130,7 @@ pub(super) fn mend(storage: &dyn Storage, sparse: &Sparse, found: &Found, end: u
     };
     if footers.trailing_is_short && found.authority == Authority::Trailing {
         file_len = complete_short_footer(storage, footers)?;
+        changed = true;
     } else if found.authority == Authority::Copy {
         // The last sector, where no block lies there; else behind the last block, where the file can grow.
         let last = file_len - file_len % SECTOR;
@@ -152,23 +154,33 @@ pub(super) fn mend(storage: &dyn Storage, sparse: &Sparse, found: &Found, end: u
     if let Some(batmap) = &sparse.batmap {
         changed |= clear_batmap(storage, sparse, batmap)?;
     }
+    changed |= mend_trailing(storage, found)?;
     if changed {
         storage.sync().map_err(|error| Error::io(error, "can't be synced"))?;
     }
-    mend_trailing(storage, found)?;
+    Ok(file_len)
+}
+
+/// As [`mend`], for a fixed disk, which has one footer only.
+pub(super) fn mend_fixed(storage: &dyn Storage, found: &Found) -> Result<u64> {
+    let footers = &found.footers;
+    let file_len = if footers.trailing_is_short { complete_short_footer(storage, footers)? } else { footers.file_len };
+    if mend_trailing(storage, found)? || footers.trailing_is_short {
+        storage.sync().map_err(|error| Error::io(error, "can't be synced"))?;
+    }
     Ok(file_len)
 }
 
 /// Rights the checksum of a trailing footer that counts: old tapdisks leave their hidden byte out of it, and others do
-/// not open the image then. Only that sector changes, and what it says does not.
-pub(super) fn mend_trailing(storage: &dyn Storage, found: &Found) -> Result<()> {
+/// not open the image then. Only that sector changes, and what it says does not. True if it was written.
+fn mend_trailing(storage: &dyn Storage, found: &Found) -> Result<bool> {
     let (footers, bytes) = (&found.footers, found.footer.to_bytes());
     if found.authority == Authority::Copy || *footers.trailing_bytes() == bytes {
-        return Ok(());
+        return Ok(false);
     }
     let at = footers.trailing_at;
     storage.write_at(&bytes, at).map_err(|error| Error::io(error, format!("can't be written at {at:#x}")))?;
-    storage.sync().map_err(|error| Error::io(error, "can't be synced"))
+    Ok(true)
 }
 
 /// Clears tapdisk's batmap: whatever we write, it must not believe that a sector bitmap need not be read.
@@ -195,9 +207,8 @@ fn clear_batmap(storage: &dyn Storage, sparse: &Sparse, batmap: &Batmap) -> Resu
 }
 
 /// Makes a 511-byte footer one of 512: the byte that is missing is a reserved zero.
-pub(super) fn complete_short_footer(storage: &dyn Storage, footers: &Footers) -> Result<u64> {
+fn complete_short_footer(storage: &dyn Storage, footers: &Footers) -> Result<u64> {
     let len = footers.trailing_at + SECTOR;
     storage.set_len(len).map_err(|error| Error::io(error, "can't grow by the footer's last byte"))?;
-    storage.sync().map_err(|error| Error::io(error, "can't be synced"))?;
     Ok(len)
 }

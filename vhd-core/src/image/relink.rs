@@ -78,16 +78,16 @@ impl Relink<'_> {
         self.write(&footer.to_bytes(), longer - SECTOR)?;
         self.sync()?;
         self.lead_to(&footer, header_at, longer)?;
+        self.sync()?;
         // What was in place is nobody's now.
         self.write_placed(in_place.as_ref().unwrap_or(&passing), self.at)?;
         self.sync()?;
         self.lead_to(&footer, self.at, longer)?;
         if in_place.is_some() {
-            // The footer that was the last one still says the same.
+            // The footer that was the last one still says the same: no barrier before, whichever arrives.
             self.set_len(len)?;
-            self.sync()?;
         }
-        Ok(())
+        self.sync()
     }
 
     /// Makes both footers lead to the header at `at`: either alone is right, in whatever order they arrive.
@@ -95,8 +95,7 @@ impl Relink<'_> {
         let mut footer = footer.clone();
         footer.set_header_offset(at);
         self.write(&footer.to_bytes(), 0)?;
-        self.write(&footer.to_bytes(), len - SECTOR)?;
-        self.sync()
+        self.write(&footer.to_bytes(), len - SECTOR)
     }
 
     /// True when nothing but the header's first sector would change.

@@ -23,7 +23,7 @@ const MAX_LOCATORS: u64 = 16 << 20;
 impl Image {
     /// Gives the dynamic or differencing image in `storage`, which is not open otherwise, a size of `size` bytes, a
     /// multiple of 512. What is beyond it is lost; what is new reads as zeros. Calls `advance` with bytes that were moved.
-    /// Where `dry` it only counts them.
+    /// Where `dry` it only counts them. The caller opens the image for writing next: that is the last barrier.
     ///
     /// # Errors
     /// `Unsupported` on a device, which can't grow; those of [`Image::open`].
@@ -58,7 +58,7 @@ impl Image {
         drop(image);
         // What lay behind the last block is nobody's any more.
         let image = Self::open(Arc::clone(storage), path, &options)?;
-        Blocks::of(&image, false)?.cut()
+        Blocks::of(&image, false)?.shorten()
     }
 }
 
@@ -165,6 +165,7 @@ impl Relayout<'_> {
         let mut footer = self.footer.clone();
         footer.set_header_offset(header_at);
         self.lead(&footer, len)?;
+        self.sync()?;
         // What is at the front is nobody's now.
         self.write(&front.header.to_bytes(), HEADER_AT)?;
         self.write_table(front.header.max_table_entries() as usize, front.header.bat_offset())?;
@@ -176,6 +177,7 @@ impl Relayout<'_> {
         self.sync()?;
         footer.set_header_offset(HEADER_AT);
         footer.set_size(self.size);
+        // Durable before anything else is written: the image is opened next, which begins with a barrier.
         self.lead(&footer, len)
     }
 
@@ -190,8 +192,7 @@ impl Relayout<'_> {
     /// Makes both footers this one: either alone is right, in whatever order they arrive.
     fn lead(&self, footer: &Footer, len: u64) -> Result<()> {
         self.write(&footer.to_bytes(), 0)?;
-        self.write(&footer.to_bytes(), len - SECTOR)?;
-        self.sync()
+        self.write(&footer.to_bytes(), len - SECTOR)
     }
 
     fn write(&self, bytes: &[u8], at: u64) -> Result<()> {

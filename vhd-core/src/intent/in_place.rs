@@ -74,19 +74,27 @@ impl FooterMove {
         Self { from, end, to, footer }
     }
 
-    /// Does it, from whatever point it had come to. The footer is at the end then, and what it leaves reads as zeros.
+    /// Does it, from whatever point it had come to, and makes it durable. The footer is at the end then, and what it leaves
+    /// reads as zeros.
     pub(crate) fn apply(&self, storage: &dyn Storage) -> Result<()> {
+        self.write(storage)?;
+        storage.sync().map_err(|error| Error::io(error, format!("can't get a size of {} bytes", self.to)))
+    }
+
+    /// As [`FooterMove::apply`], without the barrier: for who opens the image next, which begins with one.
+    pub(crate) fn write(&self, storage: &dyn Storage) -> Result<()> {
         let footer = self.footer_bytes().ok_or_else(|| Error::new(ErrorKind::Refused, "its intent record has no footer"))?;
         let failed = |error| Error::io(error, format!("can't get a size of {} bytes", self.to));
         let len = storage.len().map_err(failed)?;
         if self.to > self.from {
             // Length first: what it lacks is told before anything changed.
             storage.set_len((self.to + SECTOR).max(len)).map_err(failed)?;
-            storage.zero_range(self.from..self.end.min(self.to).max(self.from)).map_err(failed)?;
+            let zeroed = storage.zero_range(self.from..self.end.min(self.to).max(self.from));
+            zeroed.map_err(|error| Error::io(error, format!("can't be zeroed at {:#x}", self.from)))?;
         }
-        storage.write_at(&footer, self.to).map_err(failed)?;
-        storage.set_len(self.to + SECTOR).map_err(failed)?;
-        storage.sync().map_err(failed)
+        let written = storage.write_at(&footer, self.to);
+        written.map_err(|error| Error::io(error, format!("footer can't be written at {:#x}", self.to)))?;
+        storage.set_len(self.to + SECTOR).map_err(failed)
     }
 
     fn footer_bytes(&self) -> Option<[u8; FOOTER_LEN]> {

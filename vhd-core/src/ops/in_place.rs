@@ -96,7 +96,8 @@ pub fn convert_in_place(
     }
     progress.set_total(size);
     let mut moving = match begun {
-        Some(InPlace { work: Work::Convert(work), .. }) => work,
+        // Before the first piece nothing is known of the new file: it is made again.
+        Some(InPlace { work: Work::Convert(work), .. }) if work.done > 0 => work,
         _ => begin(path, &source, options, chain)?,
     };
     let new = folder_of(path).join(&moving.new);
@@ -166,7 +167,8 @@ impl Source {
         for extent in self.disk.extents_in(range)? {
             if let Some(offset) = extent.offset {
                 let end = offset + (extent.range.end - extent.range.start);
-                self.storage.punch_hole(offset..end).map_err(|error| Error::io(error, "can't be emptied"))?;
+                let emptied = self.storage.punch_hole(offset..end);
+                emptied.map_err(|error| Error::io(error, format!("can't be emptied at {offset:#x}")))?;
             }
         }
         Ok(())
@@ -217,9 +219,8 @@ fn begin(path: &Path, source: &Source, options: &InPlaceOptions, chain: &ChainOp
     let given = permissions.and_then(|permissions| std::fs::set_permissions(&new, permissions));
     given.map_err(|error| Error::io(error, "can't be given the permissions of the old file").at(&new))?;
     create(&*storage, &make).map_err(|error| error.at(&new))?;
-    storage.sync().map_err(|error| Error::io(error, "can't be synced").at(&new))?;
     drop(storage);
-    chain.host.sync_folder(folder_of(path))?;
+    // Its name is durable with the record's; its content with the first piece.
     let moving = Move { to: options.to.name().into(), new: PathBuf::from(name), done: 0, finishing: false };
     put(path, source.uuid, &moving, chain)?;
     Ok(moving)

@@ -66,7 +66,12 @@ pub fn replace_file(
         renamed.map_err(|error| if error.kind() == ErrorKind::Exists { exists(path) } else { error.about(path) })
     };
     made().inspect_err(|_| drop(host.remove(&passing)))?;
-    host.sync_folder(folder_of(path))
+    host.sync_folder(folder_of(path)).inspect_err(|_| {
+        // Nobody may take for made what the caller was told is not. What was replaced is gone already.
+        if !overwrite {
+            drop(host.remove(path));
+        }
+    })
 }
 
 fn exists(path: &Path) -> Error {

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use vhd_core::Disk;
 use vhd_core::block::ZeroMode;
 use vhd_core::image::OpenOptions;
-use vhd_testkit::record::{Journal, RecordingStorage};
+use vhd_testkit::fixture::{FixtureSpec, Kind, Layout};
+use vhd_testkit::record::{Event, Journal, RecordingStorage};
 
 use vhd_testkit::session::setups;
 use vhd_testkit::session::{Setup, open, writable};
@@ -77,6 +78,26 @@ fn new_blocks_cost_two_with_the_growth_and_one_without() {
     assert_eq!(counted.flush(), 2, "growth, data and bits in two");
     counted.write(40, 40);
     assert_eq!(counted.flush(), 2);
+}
+
+/// Blocks of 2 MiB, so that the file grows again and again.
+#[test]
+fn each_batch_of_growth_costs_at_most_one_more() {
+    let spec = FixtureSpec::new(Kind::Dynamic, Layout::Windows8, 80 << 20);
+    let setup = Setup { name: "large", image: spec.to_bytes().0, parent: None };
+    let journal = Journal::new();
+    let storage = Arc::new(RecordingStorage::new(setup.image.clone(), 0, &journal));
+    let counted = Counted { disk: open(storage, &setup, &writable()).unwrap(), journal };
+    let lengths = || counted.journal.events().iter().filter(|event| matches!(event, Event::SetLen { .. })).count();
+    let (mut grown, mut batches) = (lengths(), 0);
+    for block in 0..40 {
+        counted.write(block * 4096, 1);
+        let grew = lengths() - grown;
+        grown += grew;
+        batches += grew;
+        assert_eq!(counted.flush(), 1 + grew, "block {block}");
+    }
+    assert!((2..=6).contains(&batches), "{batches} batches");
 }
 
 #[test]

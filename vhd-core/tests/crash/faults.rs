@@ -136,7 +136,7 @@ fn every_position(fault: Fault) {
             }
         }
     }
-    println!("{fault:?}: {positions} positions");
+    println!("fault positions, one image, {fault:?}: {positions}");
 }
 
 #[test]

@@ -53,7 +53,7 @@ fn flushed_data_survives_and_nothing_else_appears() {
             total.second_states += counts.second_states;
         }
     }
-    println!("crash states: {total:?}");
+    println!("crash states, sessions: {total:?}");
 }
 
 /// Scripts in which each barrier of each flush matters.
@@ -88,7 +88,7 @@ fn every_barrier_is_needed() {
             }
         }
     }
-    println!("barriers taken away and found: {} of {sabotaged}", sabotaged - missed.len());
+    println!("barriers, flush: {sabotaged} taken away, {} caught", sabotaged - missed.len());
     assert!(missed.is_empty(), "no test misses these barriers: {missed:?}");
 }
 

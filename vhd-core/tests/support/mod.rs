@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that can't go on fails here")]
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub mod sabotage;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -108,10 +108,10 @@ fn move_data(member: &Member, begin: &mut dyn FnMut() -> Result<()>, chain: &Cha
             }
             begin()?;
             if let Some(grow) = &member.grow {
-                return grow.apply(&**storage);
+                return grow.write(&**storage);
             }
             if uuid == old {
-                Image::set_uuid_of(&**storage, new.into_bytes())?;
+                Image::write_uuid_of(&**storage, new.into_bytes())?;
             }
             if !is_smaller {
                 return Ok(());
@@ -125,12 +125,13 @@ fn move_data(member: &Member, begin: &mut dyn FnMut() -> Result<()>, chain: &Cha
     target.close()
 }
 
-/// Gives a fixed target its new size and its footer, from whatever point that had come to.
+/// Gives a fixed target its new size and its footer, from whatever point that had come to. It is opened next, which begins
+/// with a barrier.
 fn grow_fixed(member: &Member, chain: &ChainOptions) -> Result<()> {
     let Some(grow) = &member.grow else { return Ok(()) };
     let file = Arc::new(FileStorage::open(&member.target, true)?);
     file.lock(LockMode::Write)?;
-    grow.apply(&*chain.host.adopt(file)).map_err(|error| error.at(&member.target))
+    grow.write(&*chain.host.adopt(file)).map_err(|error| error.at(&member.target))
 }
 
 fn grow_raw(target: &Path, size: u64, chain: &ChainOptions) -> Result<()> {

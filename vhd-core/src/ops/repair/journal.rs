@@ -108,7 +108,8 @@ pub(super) fn execute(overlay: &Arc<Overlay>, image: &Path, repair: &Repair, hos
         base.set_len(after).map_err(failed)?;
     }
     for (at, bytes) in &changes {
-        base.write_at(bytes, *at).map_err(failed)?;
+        let written = base.write_at(bytes, *at);
+        written.map_err(|error| Error::io(error, format!("can't be repaired at {at:#x}")).at(image))?;
     }
     base.sync().map_err(failed)?;
     intent::remove(host, image)?;
@@ -146,9 +147,18 @@ fn remove_unused(storage: &dyn Storage, image: &Path, host: &dyn Host) -> Result
     let last = (1..=MAX_JOURNALS).rev().find_map(|number| path_of(image, number).ok().filter(|path| path.exists()));
     // One that can't be read is left to its owner.
     let Some((path, journal)) = last.and_then(|path| read(&path).ok().map(|journal| (path, journal))) else { return Ok(()) };
-    let failed = |error| Error::io(error, "can't be read").at(image);
-    if storage.len().map_err(failed)? != journal.head.len[0] {
+    if !is_put_back(storage, &journal).map_err(|error| error.at(image))? {
         return Ok(());
+    }
+    // Should a power cut bring it back, it is as unused as it was; once the new one is durable so is this.
+    host.remove(&path)
+}
+
+/// True when the file is what it was before the repair.
+fn is_put_back(storage: &dyn Storage, journal: &Journal) -> Result<bool> {
+    let failed = |error| Error::io(error, "can't be read");
+    if storage.len().map_err(failed)? != journal.head.len[0] {
+        return Ok(false);
     }
     let mut rest = &journal.bytes[..];
     for (at, len) in &journal.head.ranges {
@@ -156,12 +166,11 @@ fn remove_unused(storage: &dyn Storage, image: &Path, host: &dyn Host) -> Result
         let mut found = vec![0; bytes.len()];
         storage.read_at(&mut found, *at).map_err(failed)?;
         if found != bytes {
-            return Ok(());
+            return Ok(false);
         }
         rest = more;
     }
-    host.remove(&path)?;
-    host.sync_folder(folder_of(&path))
+    Ok(true)
 }
 
 /// Makes the file what it was.
@@ -171,7 +180,7 @@ pub(super) fn put_back(storage: &dyn Storage, journal: &Journal) -> Result<()> {
     let mut rest = &journal.bytes[..];
     for (at, len) in &journal.head.ranges {
         let (bytes, more) = rest.split_at((*len as usize).min(rest.len()));
-        storage.write_at(bytes, *at).map_err(failed)?;
+        storage.write_at(bytes, *at).map_err(|error| Error::io(error, format!("can't be put back at {at:#x}")))?;
         rest = more;
     }
     storage.sync().map_err(failed)
@@ -183,20 +192,27 @@ pub(super) fn put_back(storage: &dyn Storage, journal: &Journal) -> Result<()> {
 /// # Errors
 /// `NotFound` without a journal; `Refused` when the image was changed since, but with `force`; as the host fails.
 pub fn undo_repair(path: &Path, force: bool, chain: &ChainOptions) -> Result<Vec<String>> {
-    let last = (1..=MAX_JOURNALS).rev().find_map(|number| path_of(path, number).ok().filter(|path| path.exists()));
-    let Some(journal_path) = last else {
-        return Err(Error::new(ErrorKind::InvalidInput, "has no undo journal of a repair beside it").at(path));
-    };
-    let journal = read(&journal_path)?;
     let file = Arc::new(FileStorage::open(path, true)?);
     file.lock(LockMode::Write)?;
     let storage = chain.host.adopt(file);
     let host = &*chain.host;
-    match intent::find(path)? {
+    let record = intent::find(path)?;
+    let journal_path = match &record {
+        // Of a repair under way, the one that it names.
+        Some(Intent::InPlace(InPlace { work: Work::Repair(name), .. })) => Some(path_of(path, 1)?.with_file_name(name)),
+        _ => (1..=MAX_JOURNALS).rev().find_map(|number| path_of(path, number).ok().filter(|path| path.exists())),
+    };
+    let Some(journal_path) = journal_path else {
+        return Err(Error::new(ErrorKind::InvalidInput, "has no undo journal of a repair beside it").at(path));
+    };
+    let journal = read(&journal_path)?;
+    match record {
         Some(Intent::InPlace(InPlace { work: Work::Repair(_), .. })) => {}
         Some(_) => {
             return Err(intent::explain(path, Error::new(ErrorKind::Refused, "is in the hands of another operation").at(path)));
         }
+        // An undo that was interrupted came this far.
+        None if is_put_back(&*storage, &journal).map_err(|error| error.at(path))? => {}
         None => {
             let len = storage.len().map_err(|error| Error::io(error, "can't be examined").at(path))?;
             if len != journal.head.len[1] && !force {

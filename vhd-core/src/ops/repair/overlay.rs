@@ -95,7 +95,10 @@ impl Overlay {
             let mut content = [0; SECTOR as usize];
             let len = self.changed().len;
             let there = len.saturating_sub(start).min(SECTOR) as usize;
-            self.read(&mut content[..there], start)?;
+            // A sector beyond the end is new.
+            if there > 0 {
+                self.read(&mut content[..there], start)?;
+            }
             content[(from - start) as usize..(to - start) as usize]
                 .copy_from_slice(&bytes[(from - at) as usize..(to - at) as usize]);
             let mut changed = self.changed();
