@@ -9,7 +9,7 @@ use vhd_core::Error;
 use vhd_core::ops::merge::{MergeOptions, MergePlan, execute, plan};
 
 use super::ChainArgs;
-use crate::output::{Answer, Context, ShownPath, from_here};
+use crate::output::{Answer, Context, ShownPath, from_here, goes_on};
 
 /// Arguments of `vhd merge`.
 #[derive(Debug, Args)]
@@ -34,7 +34,7 @@ pub struct MergeArgs {
 
 /// The JSON of `vhd merge`.
 #[derive(Serialize)]
-struct Document<'a> {
+pub(super) struct Document<'a> {
     child: ShownPath<'a>,
     into: ShownPath<'a>,
     between: Vec<ShownPath<'a>>,
@@ -58,14 +58,15 @@ impl MergeArgs {
         let options = MergeOptions { into: self.into.clone(), delete: self.delete, force: self.force };
         let plan = plan(&self.child, &options, &chain)?;
         if !self.dry_run {
-            context.with_progress("merge", |progress| execute(&plan, &options, &chain, progress))?;
+            let merged = context.with_progress("merge", |progress| execute(&plan, &options, &chain, progress));
+            merged.map_err(|error| goes_on(error, &self.child))?;
         }
         context.print(&text(&plan, !self.dry_run), &document(&plan, !self.dry_run))?;
         Ok(Answer::Yes)
     }
 }
 
-fn document(plan: &MergePlan, done: bool) -> Document<'_> {
+pub(super) fn document(plan: &MergePlan, done: bool) -> Document<'_> {
     let member = &plan.member;
     Document {
         child: ShownPath(&member.leaf),
@@ -81,7 +82,7 @@ fn document(plan: &MergePlan, done: bool) -> Document<'_> {
     }
 }
 
-fn text(plan: &MergePlan, done: bool) -> String {
+pub(super) fn text(plan: &MergePlan, done: bool) -> String {
     let member = &plan.member;
     let mut text = String::new();
     let [verb, removed, reparented] = if done {

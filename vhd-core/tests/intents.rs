@@ -96,7 +96,7 @@ const ALL: [(&str, Touch); 13] = [
     ("convert in place", |base, _| {
         convert_in_place(base, &InPlaceOptions::new(DiskType::Fixed), &options(false), &Progress::default()).map(drop)
     }),
-    ("repair", |base, _| repair(base, RepairMode::All, false, &options(false)).map(drop)),
+    ("repair", |base, _| repair(base, RepairMode::All, false, &options(false), &Progress::default()).map(drop)),
     ("undo start", |base, _| undo::start(&[base.to_owned()], None, &options(false)).map(drop)),
     ("undo commit", |base, _| undo::commit(&[base.to_owned()], None, true, &options(false), &Progress::default())),
     ("snapshot", |base, _| snapshot(base, "s.vhd")),

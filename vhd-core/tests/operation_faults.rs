@@ -144,7 +144,12 @@ fn operations() -> Vec<Operation> {
         operation("shrink a fixed disk", fixed, |folder, on| to_size(folder, 8 * BLOCK, on), "disk.vhd"),
         operation("to dynamic", fixed, |folder, on| convert(folder, DiskType::Dynamic, on), "disk.vhd"),
         operation("to fixed", dynamic, |folder, on| convert(folder, DiskType::Fixed, on), "disk.vhd"),
-        operation("repair", damaged, |folder, on| repair(&disk(folder), RepairMode::All, false, on).map(drop), "disk.vhd"),
+        operation(
+            "repair",
+            damaged,
+            |folder, on| repair(&disk(folder), RepairMode::All, false, on, &Progress::default()).map(drop),
+            "disk.vhd",
+        ),
         operation("undo start", dynamic, |folder, on| undo::start(&[disk(folder)], None, on).map(drop), "disk.vhd"),
         operation(
             "undo commit",

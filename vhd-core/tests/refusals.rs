@@ -92,7 +92,7 @@ fn what_is_open_elsewhere_is_left_alone() {
         ("resize", RESIZE),
         ("convert in place", CONVERT),
         ("merge", MERGE),
-        ("repair", |path, _| repair(path, RepairMode::All, false, &options(false)).map(drop)),
+        ("repair", |path, _| repair(path, RepairMode::All, false, &options(false), &Progress::default()).map(drop)),
         ("undo start", |path, _| undo::start(&[path.to_owned()], None, &options(false)).map(drop)),
         ("snapshot", |path, _| {
             let child = path.with_file_name("another.vhd");
