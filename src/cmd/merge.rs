@@ -46,6 +46,8 @@ pub(super) struct Document<'a> {
     data: u64,
     /// Bytes that become zero.
     zeros: u64,
+    /// The size that the ancestor's disk gets, where it is smaller than the child's.
+    grow_to: Option<u64>,
     delete: bool,
     /// An interrupted merge is finished.
     resumed: bool,
@@ -76,6 +78,7 @@ pub(super) fn document(plan: &MergePlan, done: bool) -> Document<'_> {
         lost: plan.lost.iter().map(|path| ShownPath(path)).collect(),
         data: plan.data,
         zeros: plan.zeros,
+        grow_to: plan.grow_to,
         delete: member.delete,
         resumed: plan.is_resumed(),
         done,
@@ -94,6 +97,10 @@ pub(super) fn text(plan: &MergePlan, done: bool) -> String {
     let (leaf, target) = (from_here(&member.leaf), from_here(&member.target));
     let _ = writeln!(text, "{verb} {leaf} into {target}{resumed}");
     let _ = writeln!(text, "  {} bytes of data, {} bytes that are zero", plan.data, plan.zeros);
+    if let Some(size) = plan.grow_to {
+        let grows = if done { "has" } else { "would grow to" };
+        let _ = writeln!(text, "  {target} {grows} {size} bytes{}", if done { " now" } else { "" });
+    }
     for path in &member.between {
         let _ = writeln!(text, "  with {}", from_here(path));
     }

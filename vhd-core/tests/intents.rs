@@ -101,7 +101,7 @@ const ALL: [(&str, Touch); 13] = [
     ("undo commit", |base, _| undo::commit(&[base.to_owned()], None, true, &options(false), &Progress::default())),
     ("snapshot", |base, _| snapshot(base, "s.vhd")),
     ("snapshot of the child", |_, child| snapshot(child, "s.vhd")),
-    ("reparent", |base, child| reparent(child, base, true, &options(false)).map(drop)),
+    ("reparent", |base, child| reparent(child, base, true, false, &options(false)).map(drop)),
 ];
 
 fn snapshot(of: &Path, name: &str) -> Result<(), Error> {

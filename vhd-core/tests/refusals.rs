@@ -98,7 +98,7 @@ fn what_is_open_elsewhere_is_left_alone() {
             let child = path.with_file_name("another.vhd");
             vhd_core::chain::create_child(&child, path, &support::child_options(), &options(false)).map(drop)
         }),
-        ("reparent", |path, _| reparent(&path.with_file_name("child.vhd"), path, true, &options(false)).map(drop)),
+        ("reparent", |path, _| reparent(&path.with_file_name("child.vhd"), path, true, false, &options(false)).map(drop)),
     ];
     for (name, operation) in operations {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();

@@ -164,9 +164,18 @@ fn remove_unused(storage: &dyn Storage, image: &Path, host: &dyn Host) -> Result
     let last = (1..=MAX_JOURNALS).rev().find_map(|number| path_of(image, number).ok().filter(|path| path.exists()));
     // One that can't be read is left to its owner.
     let Some((path, journal)) = last.and_then(|path| read(&path).ok().map(|journal| (path, journal))) else { return Ok(()) };
-    let failed = |error| Error::io(error, "can't be read").at(image);
+    if is_original(storage, &journal).map_err(|error| error.at(image))? {
+        host.remove(&path)?;
+        host.sync_folder(folder_of(&path))?;
+    }
+    Ok(())
+}
+
+/// True when the file holds what the journal keeps.
+fn is_original(storage: &dyn Storage, journal: &Journal) -> Result<bool> {
+    let failed = |error| Error::io(error, "can't be read");
     if storage.len().map_err(failed)? != journal.head.len[0] {
-        return Ok(());
+        return Ok(false);
     }
     let mut rest = &journal.bytes[..];
     for (at, len) in &journal.head.ranges {
@@ -174,12 +183,11 @@ fn remove_unused(storage: &dyn Storage, image: &Path, host: &dyn Host) -> Result
         let mut found = vec![0; bytes.len()];
         storage.read_at(&mut found, *at).map_err(failed)?;
         if found != bytes {
-            return Ok(());
+            return Ok(false);
         }
         rest = more;
     }
-    host.remove(&path)?;
-    host.sync_folder(folder_of(&path))
+    Ok(true)
 }
 
 /// Makes the file what it was.
@@ -217,6 +225,8 @@ pub fn undo_repair(path: &Path, force: bool, chain: &ChainOptions, progress: &Pr
         Some(_) => {
             return Err(intent::explain(path, Error::new(ErrorKind::Refused, "is in the hands of another operation").at(path)));
         }
+        // Taken back already, but for the journal.
+        None if is_original(&*storage, &journal).map_err(|error| error.at(path))? => {}
         None => {
             let len = storage.len().map_err(|error| Error::io(error, "can't be examined").at(path))?;
             if len != journal.head.len[1] && !force {
