@@ -94,7 +94,7 @@ impl Context {
         for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
             let _ = signal_hook::flag::register(signal, Arc::clone(&self.interrupted));
         }
-        let progress = Arc::new(Progress::default());
+        let progress = Arc::new(Progress::stopped_by(Arc::clone(&self.interrupted)));
         let ended = Arc::new(AtomicBool::new(false));
         let watcher = self.watch(what, &progress, &ended);
         let result = operation(&progress);
@@ -104,19 +104,15 @@ impl Context {
         result
     }
 
-    /// The thread that draws the bar and passes signals on.
+    /// The thread that draws the bar.
     fn watch(&self, what: &str, progress: &Arc<Progress>, ended: &Arc<AtomicBool>) -> JoinHandle<()> {
         let bar = (io::stderr().is_terminal() && !self.quiet).then(|| new_bar(what));
         let lines = self.force_progress && bar.is_none();
         let (what, progress, ended) = (what.to_owned(), Arc::clone(progress), Arc::clone(ended));
-        let interrupted = Arc::clone(&self.interrupted);
         thread::spawn(move || {
             let mut last = None;
             while !ended.load(Ordering::SeqCst) {
                 thread::park_timeout(Duration::from_millis(100));
-                if interrupted.load(Ordering::SeqCst) {
-                    progress.cancel();
-                }
                 let (done, total) = (progress.done(), progress.total());
                 if let Some(bar) = &bar {
                     bar.set_length(total);
@@ -139,6 +135,14 @@ fn new_bar(what: &str) -> ProgressBar {
     let template = "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(0).with_style(style).with_message(what.to_owned())
+}
+
+/// Says after an interruption that the same command goes on.
+pub fn goes_on(error: Error, path: &Path) -> Error {
+    match error.kind() {
+        ErrorKind::Cancelled => Error::new(ErrorKind::Cancelled, "interrupted; the same command goes on").at(path),
+        _ => error,
+    }
 }
 
 /// A path as short as it is from the current folder.

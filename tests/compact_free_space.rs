@@ -4,6 +4,7 @@
 //! Method: 1 GiB of ext4 and of NTFS are filled through the kernel and through ntfs-3g; most files are deleted; what was
 //! in them stays in the image, as nothing zeroes it. After `vhd compact --free-space` the file's size is compared with what
 //! the files need, the rest is read through a mount, fsck looks at it, and QEMU and libvhdi read the same disk.
+//! One that was not unmounted is left as it is, where it says so.
 //! It would fail if a block that is in use were dropped, or one that is free kept. It needs root, loop devices and FUSE.
 
 #![allow(missing_docs, clippy::unwrap_used)]
@@ -11,7 +12,10 @@
 mod support;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
 
 use support::{done, json, noise, run};
 use tempfile::TempDir;
@@ -123,4 +127,66 @@ fn ext4_shrinks_to_what_its_files_need() {
 #[test]
 fn ntfs_shrinks_to_what_its_files_need() {
     shrinks(&NTFS);
+}
+
+/// ntfs-3g marks neither the volume nor its log, but allocates before it uses: what it calls free is free at any moment.
+#[test]
+fn ntfs_whose_driver_was_killed_keeps_all_that_was_synced() {
+    let Some(_) = require("mkfs.ntfs") else { return };
+    let folder = TempDir::new().unwrap();
+    let dir = folder.path();
+    let (raw, at) = (dir.join("disk.img"), dir.join("files"));
+    fs::File::create(&raw).unwrap().set_len(64 * MIB).unwrap();
+    run("mkfs.ntfs", &["-F", "-Q", "-q", raw.to_str().unwrap()]);
+    fs::create_dir(&at).unwrap();
+    let driver = ["-o", "no_detach", raw.to_str().unwrap(), at.to_str().unwrap()];
+    let mut driver = Command::new("ntfs-3g").args(driver).spawn().unwrap();
+    let is_mounted = || fs::read_to_string("/proc/mounts").unwrap().contains(at.to_str().unwrap());
+    while !is_mounted() {
+        assert!(driver.try_wait().unwrap().is_none(), "ntfs-3g ended");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let piece = |number: u64| noise(number + 1, 3 << 20);
+    (0..10).for_each(|number| fs::write(at.join(number.to_string()), piece(number)).unwrap());
+    (0..10).step_by(2).for_each(|number| fs::remove_file(at.join(number.to_string())).unwrap());
+    run("sync", &["-f", at.to_str().unwrap()]);
+    // In the middle of others, which nobody was told of.
+    let mut half = fs::File::create(at.join("half")).unwrap();
+    half.write_all(&piece(20)).unwrap();
+    driver.kill().unwrap();
+    driver.wait().unwrap();
+    drop(half);
+    run("umount", &["-l", at.to_str().unwrap()]);
+    done(dir, "convert disk.img disk.vhd --block-size 512K");
+    let said = json(dir, "compact disk.vhd --free-space", 0);
+    assert!(said[0]["free_space"][0]["free"].as_u64() > Some(5 * MIB), "{said}");
+    done(dir, "convert disk.vhd disk.img");
+    let mounted = Mounted::new(&NTFS, &raw, at);
+    for number in (1..10).step_by(2) {
+        assert!(fs::read(mounted.0.join(number.to_string())).unwrap() == piece(number), "file {number}");
+    }
+}
+
+/// The disk of a machine whose power went: what is in its journal is nowhere else.
+#[test]
+fn ext4_that_was_not_unmounted_is_left_as_it_is() {
+    let Some(_) = require("mkfs.ext4") else { return };
+    let folder = TempDir::new().unwrap();
+    let dir = folder.path();
+    let raw = dir.join("disk.img");
+    fs::File::create(&raw).unwrap().set_len(64 * MIB).unwrap();
+    run("mkfs.ext4", &["-q", "-F", raw.to_str().unwrap()]);
+    let mounted = Mounted::new(&EXT4, &raw, dir.join("files"));
+    fs::write(mounted.path(1), noise(1, 3 << 20)).unwrap();
+    run("sync", &["-f", mounted.0.to_str().unwrap()]);
+    fs::copy(&raw, dir.join("then.img")).unwrap();
+    drop(mounted);
+    done(dir, "convert then.img then.vhd");
+    done(dir, "convert disk.img now.vhd");
+    let [then, now] = ["then", "now"].map(|name| json(dir, &format!("compact {name}.vhd --free-space"), 0));
+    let reason = then[0]["free_space"][0]["reason"].as_str().unwrap_or_default();
+    assert!(reason.contains("dirty"), "{then}");
+    assert_eq!((&then[0]["blocks_dropped"], then[0]["free_space"][0]["free"].as_u64()), (&0.into(), None));
+    assert!(now[0]["free_space"][0]["free"].as_u64().is_some(), "{now}");
+    done(dir, "compare then.vhd then.img");
 }

@@ -11,7 +11,8 @@ use vhd_core::ops::repair::{RepairMode, repair, undo_repair};
 use vhd_core::storage::{FileStorage, LockMode};
 
 use super::ChainArgs;
-use crate::output::{Answer, Context, ShownPath, from_here};
+use crate::output::{Answer, Context, ShownPath, from_here, goes_on};
+use crate::sizes;
 
 /// Arguments of `vhd check`.
 #[derive(Debug, Args)]
@@ -57,6 +58,8 @@ struct RepairDocument<'a> {
     changes: &'a [String],
     /// What was given up or guessed.
     lost: &'a [String],
+    /// Bytes of the file that are written or cut off.
+    bytes: u64,
     /// What a check finds now.
     findings: Vec<FindingDocument>,
     /// Where the original bytes are.
@@ -86,7 +89,8 @@ impl CheckArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         let chain = self.open.options(false, false);
         if self.undo_repair {
-            let undone = undo_repair(&self.image, self.force, &chain)?;
+            let undone = context.with_progress("undo repair", |progress| undo_repair(&self.image, self.force, &chain, progress));
+            let undone = undone.map_err(|error| goes_on(error, &self.image))?;
             let text: String = undone.iter().map(|change| format!("undone: {change}\n")).collect();
             context.print(&text, &undone)?;
             return Ok(Answer::Yes);
@@ -118,11 +122,16 @@ impl CheckArgs {
             RepairHow::Safe => RepairMode::Safe,
             RepairHow::All => RepairMode::All,
         };
-        let repaired = repair(&self.image, mode, self.dry_run, &self.open.options(false, false))?;
+        let chain = self.open.options(false, false);
+        let repaired = context.with_progress("repair", |progress| repair(&self.image, mode, self.dry_run, &chain, progress));
+        let repaired = repaired.map_err(|error| goes_on(error, &self.image))?;
         let mut text = String::new();
         let would = if self.dry_run { "would change" } else { "changed" };
         repaired.changes.iter().for_each(|change| text.push_str(&format!("{would}: {change}\n")));
         repaired.lost.iter().for_each(|lost| text.push_str(&format!("given up: {lost}\n")));
+        if self.dry_run && repaired.bytes > 0 {
+            let _ = writeln!(text, "{} of the file would be written or cut off, and kept beside it", sizes::show(repaired.bytes));
+        }
         repaired.after.iter().for_each(|finding| text.push_str(&line(finding)));
         if let Some(journal) = &repaired.journal {
             let name = from_here(journal);
@@ -135,6 +144,7 @@ impl CheckArgs {
             ok: repaired.ok(),
             changes: &repaired.changes,
             lost: &repaired.lost,
+            bytes: repaired.bytes,
             findings: repaired.after.iter().map(finding_document).collect(),
             undo: repaired.journal.as_deref().map(ShownPath),
             done: !self.dry_run,

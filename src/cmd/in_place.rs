@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use serde::Serialize;
+use vhd_core::Error;
 use vhd_core::chain::{ChainOptions, is_vhd_name};
 use vhd_core::ops::in_place::{InPlaceOptions, convert_in_place};
-use vhd_core::{Error, ErrorKind};
 
-use crate::output::{Answer, Context, ShownPath};
+use crate::output::{Answer, Context, ShownPath, goes_on};
 use crate::sizes;
 
 /// The JSON of `vhd convert --in-place`.
@@ -26,10 +26,7 @@ struct Document<'a> {
 /// Converts the file at `path` where it is.
 pub fn run(path: &Path, options: &InPlaceOptions, chain: &ChainOptions, context: &Context) -> Result<Answer, Error> {
     let converted = context.with_progress("convert", |progress| convert_in_place(path, options, chain, progress));
-    let converted = converted.map_err(|error| match error.kind() {
-        ErrorKind::Cancelled => Error::new(ErrorKind::Cancelled, "interrupted; the same command goes on").at(path),
-        _ => error,
-    })?;
+    let converted = converted.map_err(|error| goes_on(error, path))?;
     if !options.dry_run && !is_vhd_name(path) {
         context
             .note(&format!("{}: its name does not say that it is a VHD now; --from vhd opens it, or rename it", path.display()));

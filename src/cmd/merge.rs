@@ -9,7 +9,7 @@ use vhd_core::Error;
 use vhd_core::ops::merge::{MergeOptions, MergePlan, execute, plan};
 
 use super::ChainArgs;
-use crate::output::{Answer, Context, ShownPath, from_here};
+use crate::output::{Answer, Context, ShownPath, from_here, goes_on};
 
 /// Arguments of `vhd merge`.
 #[derive(Debug, Args)]
@@ -34,7 +34,7 @@ pub struct MergeArgs {
 
 /// The JSON of `vhd merge`.
 #[derive(Serialize)]
-struct Document<'a> {
+pub(super) struct Document<'a> {
     child: ShownPath<'a>,
     into: ShownPath<'a>,
     between: Vec<ShownPath<'a>>,
@@ -46,6 +46,8 @@ struct Document<'a> {
     data: u64,
     /// Bytes that become zero.
     zeros: u64,
+    /// The size that the ancestor's disk gets, where it is smaller than the child's.
+    grow_to: Option<u64>,
     delete: bool,
     /// An interrupted merge is finished.
     resumed: bool,
@@ -58,14 +60,15 @@ impl MergeArgs {
         let options = MergeOptions { into: self.into.clone(), delete: self.delete, force: self.force };
         let plan = plan(&self.child, &options, &chain)?;
         if !self.dry_run {
-            context.with_progress("merge", |progress| execute(&plan, &options, &chain, progress))?;
+            let merged = context.with_progress("merge", |progress| execute(&plan, &options, &chain, progress));
+            merged.map_err(|error| goes_on(error, &self.child))?;
         }
         context.print(&text(&plan, !self.dry_run), &document(&plan, !self.dry_run))?;
         Ok(Answer::Yes)
     }
 }
 
-fn document(plan: &MergePlan, done: bool) -> Document<'_> {
+pub(super) fn document(plan: &MergePlan, done: bool) -> Document<'_> {
     let member = &plan.member;
     Document {
         child: ShownPath(&member.leaf),
@@ -75,13 +78,14 @@ fn document(plan: &MergePlan, done: bool) -> Document<'_> {
         lost: plan.lost.iter().map(|path| ShownPath(path)).collect(),
         data: plan.data,
         zeros: plan.zeros,
+        grow_to: plan.grow_to,
         delete: member.delete,
         resumed: plan.is_resumed(),
         done,
     }
 }
 
-fn text(plan: &MergePlan, done: bool) -> String {
+pub(super) fn text(plan: &MergePlan, done: bool) -> String {
     let member = &plan.member;
     let mut text = String::new();
     let [verb, removed, reparented] = if done {
@@ -93,6 +97,10 @@ fn text(plan: &MergePlan, done: bool) -> String {
     let (leaf, target) = (from_here(&member.leaf), from_here(&member.target));
     let _ = writeln!(text, "{verb} {leaf} into {target}{resumed}");
     let _ = writeln!(text, "  {} bytes of data, {} bytes that are zero", plan.data, plan.zeros);
+    if let Some(size) = plan.grow_to {
+        let grows = if done { "has" } else { "would grow to" };
+        let _ = writeln!(text, "  {target} {grows} {size} bytes{}", if done { " now" } else { "" });
+    }
     for path in &member.between {
         let _ = writeln!(text, "  with {}", from_here(path));
     }

@@ -76,8 +76,13 @@ impl ResizeArgs {
         } else {
             [""; 2]
         };
+        let moved = match (resized.bytes_moved, self.dry_run) {
+            (0, _) => String::new(),
+            (bytes, true) => format!("  {} would be moved to make room\n", sizes::show(bytes)),
+            (bytes, false) => format!("  {} moved to make room\n", sizes::show(bytes)),
+        };
         format!(
-            "{}: {would}{} instead of {}\n{}",
+            "{}: {would}{} instead of {}\n{moved}{}",
             self.image.display(),
             sizes::show(resized.to),
             sizes::show(resized.from),

@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use vhd_core::Error;
+use vhd_core::chain::{ChainOptions, UndoMember};
 use vhd_core::ops::undo::{self, Status};
 
-use super::ChainArgs;
-use crate::output::{Answer, Context, ShownPath, from_here};
+use super::{ChainArgs, merge};
+use crate::output::{Answer, Context, ShownPath, from_here, goes_on};
 
 /// Arguments of `vhd undo`.
 #[derive(Debug, Args)]
@@ -21,13 +22,13 @@ pub struct UndoArgs {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Make an undo disk for each image: from now on write to that
-    Start(SessionArgs),
+    Start(ChangeArgs),
     /// Say whether there are changes; exit status 1 when there are
     Status(SessionArgs),
     /// Move what was written into the images: into all of them, or none
-    Commit(SessionArgs),
+    Commit(ChangeArgs),
     /// Throw what was written away: of all images, or none
-    Discard(SessionArgs),
+    Discard(ChangeArgs),
 }
 
 #[derive(Debug, Args)]
@@ -43,6 +44,15 @@ struct SessionArgs {
     force: bool,
     #[command(flatten)]
     open: ChainArgs,
+}
+
+#[derive(Debug, Args)]
+struct ChangeArgs {
+    #[command(flatten)]
+    session: SessionArgs,
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    dry_run: bool,
 }
 
 /// One entry of the JSON of `vhd undo`.
@@ -70,16 +80,6 @@ impl UndoArgs {
 }
 
 impl SessionArgs {
-    fn start(&self, context: &Context) -> Result<Answer, Error> {
-        let chain = self.open.options(false, self.force);
-        let (session, notes) = undo::start(&self.images, self.dir.as_deref(), &chain)?;
-        notes.iter().for_each(|note| context.note(note));
-        let text: String = session.members.iter().map(|member| format!("{}\n", from_here(&member.undo))).collect();
-        let states = undo::status(&self.images, self.dir.as_deref(), &chain)?;
-        context.print(&text, &documents(&states))?;
-        Ok(Answer::Yes)
-    }
-
     fn status(&self, context: &Context) -> Result<Answer, Error> {
         let states = undo::status(&self.images, self.dir.as_deref(), &self.open.options(false, false))?;
         let text: String = states.iter().map(text).collect();
@@ -88,19 +88,62 @@ impl SessionArgs {
         Ok(if pending { Answer::No } else { Answer::Yes })
     }
 
+    fn states(&self, chain: &ChainOptions) -> Result<Vec<Status>, Error> {
+        undo::status(&self.images, self.dir.as_deref(), chain)
+    }
+}
+
+impl ChangeArgs {
+    fn start(&self, context: &Context) -> Result<Answer, Error> {
+        let SessionArgs { images, dir, force, open } = &self.session;
+        let (chain, dir) = (open.options(false, *force), dir.as_deref());
+        if self.dry_run {
+            let session = undo::plan_start(images, dir, &chain)?;
+            let made = |member: &UndoMember| format!("would make {}\n", from_here(&member.undo));
+            let mut states = self.session.states(&chain)?;
+            for (state, member) in states.iter_mut().zip(&session.members) {
+                state.undo = Some(member.undo.clone());
+            }
+            context.print(&session.members.iter().map(made).collect::<String>(), &documents(&states))?;
+            return Ok(Answer::Yes);
+        }
+        let (session, notes) = undo::start(images, dir, &chain)?;
+        notes.iter().for_each(|note| context.note(note));
+        let text: String = session.members.iter().map(|member| format!("{}\n", from_here(&member.undo))).collect();
+        context.print(&text, &documents(&self.session.states(&chain)?))?;
+        Ok(Answer::Yes)
+    }
+
     fn commit(&self, context: &Context) -> Result<Answer, Error> {
-        let chain = self.open.options(false, self.force);
-        let dir = self.dir.as_deref();
-        context.with_progress("undo commit", |progress| undo::commit(&self.images, dir, self.force, &chain, progress))?;
-        context.print("", &documents(&undo::status(&self.images, dir, &chain)?))?;
+        let SessionArgs { images, dir, force, open } = &self.session;
+        let (chain, dir) = (open.options(false, *force), dir.as_deref());
+        if self.dry_run {
+            let plans = undo::plan_commit(images, dir, *force, &chain)?;
+            let text: String = plans.iter().map(|plan| merge::text(plan, false)).collect();
+            let documents: Vec<_> = plans.iter().map(|plan| merge::document(plan, false)).collect();
+            context.print(&text, &documents)?;
+            return Ok(Answer::Yes);
+        }
+        let committed = context.with_progress("undo commit", |progress| undo::commit(images, dir, *force, &chain, progress));
+        committed.map_err(|error| goes_on(error, &images[0]))?;
+        context.print("", &documents(&self.session.states(&chain)?))?;
         Ok(Answer::Yes)
     }
 
     fn discard(&self, context: &Context) -> Result<Answer, Error> {
-        let chain = self.open.options(false, self.force);
-        let dir = self.dir.as_deref();
-        undo::discard(&self.images, dir, self.force, &chain)?;
-        context.print("", &documents(&undo::status(&self.images, dir, &chain)?))?;
+        let SessionArgs { images, dir, force, open } = &self.session;
+        let (chain, dir) = (open.options(false, *force), dir.as_deref());
+        if self.dry_run {
+            let removed = undo::plan_discard(images, dir, *force, &chain)?;
+            let states = self.session.states(&chain)?;
+            let changed: u64 = states.iter().map(|state| state.changed).sum();
+            let mut text: String = removed.iter().map(|undo| format!("would remove {}\n", from_here(undo))).collect();
+            let _ = writeln!(text, "  {changed} changed bytes would be given up");
+            context.print(&text, &documents(&states))?;
+            return Ok(Answer::Yes);
+        }
+        undo::discard(images, dir, *force, &chain)?;
+        context.print("", &documents(&self.session.states(&chain)?))?;
         Ok(Answer::Yes)
     }
 }

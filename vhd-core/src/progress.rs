@@ -1,18 +1,38 @@
 //! How far an operation is, and whether to stop it.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
 
 /// Shared between an operation and whoever shows it or stops it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Progress {
     total: AtomicU64,
     done: AtomicU64,
-    cancelled: AtomicBool,
+    cancelled: Arc<AtomicBool>,
+    /// Bytes after which it stops by itself.
+    most: AtomicU64,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self::stopped_by(Arc::default())
+    }
 }
 
 impl Progress {
+    /// One that stops when `flag` is set: by the handler of a signal, for one.
+    #[must_use]
+    pub fn stopped_by(flag: Arc<AtomicBool>) -> Self {
+        Self { total: AtomicU64::new(0), done: AtomicU64::new(0), cancelled: flag, most: AtomicU64::new(u64::MAX) }
+    }
+
+    /// Asks the operation to stop once it has done so many bytes.
+    pub fn cancel_after(&self, bytes: u64) {
+        self.most.store(bytes, Ordering::Relaxed);
+    }
+
     /// Sets how many bytes there are to do.
     pub fn set_total(&self, bytes: u64) {
         self.total.store(bytes, Ordering::Relaxed);
@@ -23,7 +43,10 @@ impl Progress {
     /// # Errors
     /// `Cancelled`, when someone asked for it.
     pub fn advance(&self, bytes: u64) -> Result<()> {
-        self.done.fetch_add(bytes, Ordering::Relaxed);
+        let done = self.done.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        if done > self.most.load(Ordering::Relaxed) {
+            self.cancel();
+        }
         if self.is_cancelled() {
             return Err(Error::new(ErrorKind::Cancelled, "interrupted"));
         }

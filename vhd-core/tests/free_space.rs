@@ -218,6 +218,19 @@ fn ntfs_record(made: &Made, number: u64) -> u64 {
     u64::from_le_bytes(made.get(48)) * 4096 + number * 1024
 }
 
+/// ntfsfix marks a volume for Windows to check, as Windows does with one that it mounts. (ntfs-3g marks nothing: what it
+/// leaves when it is killed is in `tests/compact_free_space.rs`.)
+#[test]
+fn ntfs_that_another_program_calls_dirty_is_left_alone() {
+    let (Some(mkfs), Some(ntfsfix)) = (require("mkfs.ntfs"), require("ntfsfix")) else { return };
+    let made = Made::by(&mkfs, &["-F", "-Q", "-q"], 64 * MIB);
+    let free = made.place().free.unwrap();
+    ntfsfix.run(&[made.name()]).unwrap();
+    assert!(made.reason().contains("dirty"), "{}", made.reason());
+    ntfsfix.run(&["-d", made.name()]).unwrap();
+    assert_eq!(made.place().free, Ok(free));
+}
+
 #[test]
 fn ntfs_that_is_in_doubt_is_left_alone() {
     let (Some(mkfs), Some(ntfscp)) = (require("mkfs.ntfs"), require("ntfscp")) else { return };

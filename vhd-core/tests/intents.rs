@@ -96,12 +96,12 @@ const ALL: [(&str, Touch); 13] = [
     ("convert in place", |base, _| {
         convert_in_place(base, &InPlaceOptions::new(DiskType::Fixed), &options(false), &Progress::default()).map(drop)
     }),
-    ("repair", |base, _| repair(base, RepairMode::All, false, &options(false)).map(drop)),
+    ("repair", |base, _| repair(base, RepairMode::All, false, &options(false), &Progress::default()).map(drop)),
     ("undo start", |base, _| undo::start(&[base.to_owned()], None, &options(false)).map(drop)),
     ("undo commit", |base, _| undo::commit(&[base.to_owned()], None, true, &options(false), &Progress::default())),
     ("snapshot", |base, _| snapshot(base, "s.vhd")),
     ("snapshot of the child", |_, child| snapshot(child, "s.vhd")),
-    ("reparent", |base, child| reparent(child, base, true, &options(false)).map(drop)),
+    ("reparent", |base, child| reparent(child, base, true, false, &options(false)).map(drop)),
 ];
 
 fn snapshot(of: &Path, name: &str) -> Result<(), Error> {

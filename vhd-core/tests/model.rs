@@ -1,6 +1,6 @@
 //! Goal: whatever is done to a disk, it reads as the model says, and so do its files for independent readers.
 //!
-//! Method: random writes, zeroes, discards, flushes, reopens and snapshots on fixed, dynamic and differencing disks
+//! Method: random writes, zeroes, discards, flushes, reopens, snapshots and operations of the disk manager on fixed, dynamic and differencing disks
 //! with blocks from 4 KiB and odd sizes, against an oracle in memory that shares no code with the core. After each
 //! operation the touched range is compared; at the end the whole disk, here, through the test kit's own reader, and
 //! for some through qemu-img and vhdimount.
@@ -13,12 +13,16 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 use vhd_core::block::ZeroMode;
 use vhd_core::chain::{Chain, ChainOptions, ChildOptions, create_child};
-use vhd_core::format::{Creator, Timestamp};
+use vhd_core::format::{Creator, DiskType, Timestamp};
 use vhd_core::image::{CreateOptions, NewKind, OpenOptions, create_file};
 use vhd_core::ops::compact::{CompactOptions, compact};
 use vhd_core::ops::diff::diff;
+use vhd_core::ops::in_place::{InPlaceOptions, convert_in_place};
 use vhd_core::ops::merge::{self, MergeOptions};
+use vhd_core::ops::repair::{RepairMode, repair};
+use vhd_core::ops::reparent::reparent;
 use vhd_core::ops::resize::{ResizeOptions, resize};
+use vhd_core::ops::undo;
 use vhd_core::storage::AlignedBuffer;
 use vhd_core::{Disk, ErrorKind, Progress};
 use vhd_testkit::model::ModelDisk;
@@ -26,14 +30,39 @@ use vhd_testkit::reference::ReferenceChain;
 
 #[derive(Clone, Debug)]
 enum Op {
-    Write { at: u64, len: u64, fill: u8 },
-    Zero { at: u64, len: u64, keep: bool },
+    Write {
+        at: u64,
+        len: u64,
+        fill: u8,
+    },
+    Zero {
+        at: u64,
+        len: u64,
+        keep: bool,
+    },
     Flush,
     Reopen,
-    Snapshot { grow: u64 },
-    Compact { realign: bool },
+    Snapshot {
+        grow: u64,
+    },
+    Compact {
+        realign: bool,
+    },
     Merge,
-    Resize { blocks: i8 },
+    Resize {
+        blocks: i8,
+    },
+    /// To fixed, or to dynamic.
+    InPlace,
+    /// The parent gets another name, and its child is told.
+    Reparent,
+    Undo {
+        at: u64,
+        len: u64,
+        commit: bool,
+    },
+    /// Of what is sound.
+    Repair,
 }
 
 /// Positions are fractions of the disk (0 to 2^32), so that shrinking the disk keeps a case meaningful.
@@ -42,13 +71,15 @@ fn ops(aligned: u64) -> impl Strategy<Value = Vec<Op>> {
     let place = (any::<u32>(), len).prop_map(move |(at, len)| (u64::from(at), len.next_multiple_of(aligned)));
     let op = prop_oneof![
         8 => (place.clone(), 1..=255_u8).prop_map(|((at, len), fill)| Op::Write { at, len, fill }),
-        4 => (place, any::<bool>()).prop_map(|((at, len), keep)| Op::Zero { at, len, keep }),
+        4 => (place.clone(), any::<bool>()).prop_map(|((at, len), keep)| Op::Zero { at, len, keep }),
         2 => Just(Op::Flush),
         1 => Just(Op::Reopen),
         1 => prop_oneof![4 => Just(0), 1 => 1..9_u64].prop_map(|grow| Op::Snapshot { grow }),
         1 => any::<bool>().prop_map(|realign| Op::Compact { realign }),
         1 => Just(Op::Merge),
         1 => (-9..60_i8).prop_map(|blocks| Op::Resize { blocks }),
+        1 => prop_oneof![Just(Op::InPlace), Just(Op::Reparent), Just(Op::Repair)],
+        1 => (place, any::<bool>()).prop_map(|((at, len), commit)| Op::Undo { at, len, commit }),
     ];
     prop::collection::vec(op, 1..40)
 }
@@ -130,7 +161,77 @@ impl Subject {
             Op::Compact { realign } => self.compact(realign),
             Op::Merge => self.merge(),
             Op::Resize { blocks } => self.resize(blocks),
+            Op::InPlace => self.in_place(),
+            Op::Reparent => self.reparent(step),
+            Op::Undo { at, len, commit } => self.undo(at, len, commit, step as u8),
+            Op::Repair => self.repair(),
         }
+    }
+
+    /// Does something to the files while the disk is closed.
+    fn closed(&mut self, operation: impl FnOnce(&mut Self)) {
+        self.disk().close().unwrap();
+        self.disk = None;
+        operation(self);
+        self.disk = Some(Disk::open(self.leaf(), &ChainOptions { direct: self.direct, ..options() }).unwrap());
+        self.compare(0..self.model.size());
+    }
+
+    fn in_place(&mut self) {
+        if self.paths.len() > 1 {
+            return;
+        }
+        self.closed(|it| {
+            it.fixed = !it.fixed;
+            let to = if it.fixed { DiskType::Fixed } else { DiskType::Dynamic };
+            let how = InPlaceOptions { block_size: it.block_size, ..InPlaceOptions::new(to) };
+            convert_in_place(it.leaf(), &how, &ChainOptions::default(), &Progress::default()).unwrap();
+        });
+    }
+
+    fn reparent(&mut self, step: usize) {
+        let Some(below) = self.paths.len().checked_sub(2) else { return };
+        self.closed(|it| {
+            let moved = it.folder.path().join(format!("moved in step {step}.vhd"));
+            std::fs::rename(&it.paths[below], &moved).unwrap();
+            it.paths[below] = moved.clone();
+            reparent(it.leaf(), &moved, false, false, &ChainOptions::default()).unwrap();
+        });
+    }
+
+    /// Writes to an undo disk, and keeps it or not.
+    fn undo(&mut self, at: u64, len: u64, commit: bool, fill: u8) {
+        let range = self.range(at, len);
+        let bytes = vec![fill; (range.end - range.start) as usize];
+        if commit {
+            self.model.write(range.start, &bytes);
+        }
+        self.closed(|it| {
+            let (image, chain) = ([it.leaf().to_owned()], ChainOptions::default());
+            undo::start(&image, None, &chain).unwrap();
+            let disk = Disk::open(&it.leaf().with_extension("vud"), &options()).unwrap();
+            disk.write_at(&bytes, range.start).unwrap();
+            disk.close().unwrap();
+            drop(disk);
+            match commit {
+                true => undo::commit(&image, None, false, &chain, &Progress::default()).unwrap(),
+                false => drop(undo::discard(&image, None, false, &chain).unwrap()),
+            }
+        });
+    }
+
+    fn repair(&mut self) {
+        self.closed(|it| {
+            let before = std::fs::read(it.leaf()).unwrap();
+            let done = repair(it.leaf(), RepairMode::All, false, &ChainOptions::default(), &Progress::default()).unwrap();
+            assert!(done.ok() && done.lost.is_empty(), "{done:?}");
+            // What is left over is all that there may be to do.
+            let given_back = done.changes.iter().all(|change| change.contains("given back"));
+            assert!(given_back && (done.changes.len() == 1 || std::fs::read(it.leaf()).unwrap() == before), "{done:?}");
+            if let Some(journal) = done.journal {
+                std::fs::remove_file(journal).unwrap();
+            }
+        });
     }
 
     fn snapshot(&mut self, grow: u64) {

@@ -2,7 +2,7 @@
 //! same call.
 //!
 //! Method: each operation on real files whose k-th change fails, once and for ever, for k = 1, 2, … until none does; for
-//! want of space and because the medium is broken. Afterwards the disk reads as before or as it should, or refuses with
+//! want of space and because the medium is broken; and interrupted after every few bytes. Afterwards the disk reads as before or as it should, or refuses with
 //! the command that goes on; then the same call is made on a host that works.
 //! It would fail if an operation ended well although something was not done, or could not go on from where it failed.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on fails here")]
@@ -36,7 +36,7 @@ const SIZE: u64 = 12 * BLOCK;
 struct Operation {
     name: &'static str,
     make: fn(&Path),
-    run: fn(&Path, &ChainOptions) -> Result<(), Error>,
+    run: fn(&Path, &ChainOptions, &Progress) -> Result<(), Error>,
     image: &'static str,
 }
 
@@ -92,7 +92,7 @@ fn two_parents(folder: &Path) {
     std::fs::copy(disk(folder), folder.join("sub/moved, with a longer name than the one before.vhd")).unwrap();
 }
 
-fn create(folder: &Path, on: &ChainOptions) -> Result<(), Error> {
+fn create(folder: &Path, on: &ChainOptions, _: &Progress) -> Result<(), Error> {
     let options = CreateOptions {
         kind: NewKind::Dynamic,
         size: SIZE,
@@ -104,19 +104,19 @@ fn create(folder: &Path, on: &ChainOptions) -> Result<(), Error> {
     create_file_on(&*on.host, &disk(folder), &options, true).map(drop)
 }
 
-fn convert(folder: &Path, to: DiskType, on: &ChainOptions) -> Result<(), Error> {
+fn convert(folder: &Path, to: DiskType, on: &ChainOptions, progress: &Progress) -> Result<(), Error> {
     let how = InPlaceOptions { block_size: BLOCK as u32, piece: 5 * BLOCK, ..InPlaceOptions::new(to) };
-    convert_in_place(&disk(folder), &how, on, &Progress::default()).map(drop)
+    convert_in_place(&disk(folder), &how, on, progress).map(drop)
 }
 
-fn to_size(folder: &Path, size: u64, on: &ChainOptions) -> Result<(), Error> {
+fn to_size(folder: &Path, size: u64, on: &ChainOptions, progress: &Progress) -> Result<(), Error> {
     let how = ResizeOptions { shrink: true, discard_data: true, ..ResizeOptions::default() };
-    resize(&disk(folder), size, &how, on, &Progress::default()).map(drop)
+    resize(&disk(folder), size, &how, on, progress).map(drop)
 }
 
-fn merge(folder: &Path, on: &ChainOptions) -> Result<(), Error> {
+fn merge(folder: &Path, on: &ChainOptions, progress: &Progress) -> Result<(), Error> {
     let how = MergeOptions { into: Some(disk(folder)), delete: true, force: false };
-    execute(&plan(&folder.join("leaf.vhd"), &how, on)?, &how, on, &Progress::default())
+    execute(&plan(&folder.join("leaf.vhd"), &how, on)?, &how, on, progress)
 }
 
 fn operations() -> Vec<Operation> {
@@ -126,39 +126,44 @@ fn operations() -> Vec<Operation> {
         operation(
             "snapshot",
             dynamic,
-            |folder, on| create_child(&folder.join("child.vhd"), &disk(folder), &child_options(), on).map(drop),
+            |folder, on, _| create_child(&folder.join("child.vhd"), &disk(folder), &child_options(), on).map(drop),
             "child.vhd",
         ),
         operation(
             "compact",
             dynamic,
-            |folder, on| {
-                compact(&disk(folder), &CompactOptions::default(), &mut |_| Ok(Vec::new()), on, &Progress::default()).map(drop)
+            |folder, on, progress| {
+                compact(&disk(folder), &CompactOptions::default(), &mut |_| Ok(Vec::new()), on, progress).map(drop)
             },
             "disk.vhd",
         ),
         operation("merge", chain, merge, "grand.vhd"),
-        operation("grow", dynamic, |folder, on| to_size(folder, 2000 * BLOCK, on), "disk.vhd"),
-        operation("shrink", dynamic, |folder, on| to_size(folder, 8 * BLOCK, on), "disk.vhd"),
-        operation("grow a fixed disk", fixed, |folder, on| to_size(folder, 20 * BLOCK, on), "disk.vhd"),
-        operation("shrink a fixed disk", fixed, |folder, on| to_size(folder, 8 * BLOCK, on), "disk.vhd"),
-        operation("to dynamic", fixed, |folder, on| convert(folder, DiskType::Dynamic, on), "disk.vhd"),
-        operation("to fixed", dynamic, |folder, on| convert(folder, DiskType::Fixed, on), "disk.vhd"),
-        operation("repair", damaged, |folder, on| repair(&disk(folder), RepairMode::All, false, on).map(drop), "disk.vhd"),
-        operation("undo start", dynamic, |folder, on| undo::start(&[disk(folder)], None, on).map(drop), "disk.vhd"),
+        operation("grow", dynamic, |folder, on, progress| to_size(folder, 2000 * BLOCK, on, progress), "disk.vhd"),
+        operation("shrink", dynamic, |folder, on, progress| to_size(folder, 8 * BLOCK, on, progress), "disk.vhd"),
+        operation("grow a fixed disk", fixed, |folder, on, progress| to_size(folder, 20 * BLOCK, on, progress), "disk.vhd"),
+        operation("shrink a fixed disk", fixed, |folder, on, progress| to_size(folder, 8 * BLOCK, on, progress), "disk.vhd"),
+        operation("to dynamic", fixed, |folder, on, progress| convert(folder, DiskType::Dynamic, on, progress), "disk.vhd"),
+        operation("to fixed", dynamic, |folder, on, progress| convert(folder, DiskType::Fixed, on, progress), "disk.vhd"),
+        operation(
+            "repair",
+            damaged,
+            |folder, on, progress| repair(&disk(folder), RepairMode::All, false, on, progress).map(drop),
+            "disk.vhd",
+        ),
+        operation("undo start", dynamic, |folder, on, _| undo::start(&[disk(folder)], None, on).map(drop), "disk.vhd"),
         operation(
             "undo commit",
             started,
-            |folder, on| undo::commit(&[disk(folder)], None, false, on, &Progress::default()),
+            |folder, on, progress| undo::commit(&[disk(folder)], None, false, on, progress),
             "disk.vhd",
         ),
-        operation("undo discard", started, |folder, on| undo::discard(&[disk(folder)], None, false, on).map(drop), "disk.vhd"),
+        operation("undo discard", started, |folder, on, _| undo::discard(&[disk(folder)], None, false, on).map(drop), "disk.vhd"),
         operation(
             "reparent",
             two_parents,
-            |folder, on| {
+            |folder, on, _| {
                 let parent = folder.join("sub/moved, with a longer name than the one before.vhd");
-                reparent(&folder.join("child.vhd"), &parent, false, on).map(drop)
+                reparent(&folder.join("child.vhd"), &parent, false, false, on).map(drop)
             },
             "child.vhd",
         ),
@@ -234,13 +239,21 @@ fn judge_error(error: &Error, host: &FaultHost) -> Result<(), String> {
     }
 }
 
+fn outcome_of(operation: &Operation) -> Outcome {
+    let folder = made(operation);
+    let before = seen(folder.path(), operation.image).unwrap();
+    (operation.run)(folder.path(), &options(false), &Progress::default()).unwrap();
+    let after = seen(folder.path(), operation.image).unwrap();
+    Outcome { before, after, names: names(folder.path()) }
+}
+
 /// Lets change number `at` fail. False when there are not so many.
 fn with_fault(operation: &Operation, expected: &Outcome, at: usize, fault: Fault) -> Result<bool, String> {
     let folder = made(operation);
     let (folder, image) = (folder.path(), operation.image);
     let host = fault.host(at);
     let failing = ChainOptions { host: Arc::new(host.clone()), ..options(false) };
-    let result = (operation.run)(folder, &failing);
+    let result = (operation.run)(folder, &failing, &Progress::default());
     if !host.has_failed() {
         return Ok(false);
     }
@@ -254,7 +267,7 @@ fn with_fault(operation: &Operation, expected: &Outcome, at: usize, fault: Fault
         judge_error(error, &host)?;
     }
     // What was done already, but for the answer, can't be done again.
-    if let Err(error) = (operation.run)(folder, &options(false))
+    if let Err(error) = (operation.run)(folder, &options(false), &Progress::default())
         && (seen(folder, image).ok() != Some(expected.after.clone()) || names(folder) != expected.names)
     {
         return Err(format!("does not go on: {error}, after {result:?}"));
@@ -270,11 +283,7 @@ fn with_fault(operation: &Operation, expected: &Outcome, at: usize, fault: Fault
 fn an_operation_whose_change_fails_loses_nothing_and_goes_on() {
     let mut wrong = Vec::new();
     for operation in operations() {
-        let folder = made(&operation);
-        let before = seen(folder.path(), operation.image).unwrap();
-        (operation.run)(folder.path(), &options(false)).unwrap();
-        let after = seen(folder.path(), operation.image).unwrap();
-        let expected = Outcome { before, after, names: names(folder.path()) };
+        let expected = outcome_of(&operation);
         let mut positions = 0;
         for fault in FAULTS {
             for at in 1.. {
@@ -286,6 +295,52 @@ fn an_operation_whose_change_fails_loses_nothing_and_goes_on() {
             }
         }
         println!("fault positions, {}: {positions}", operation.name);
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Interrupts the operation after so many bytes. False when it does not have so many.
+fn with_interruption(operation: &Operation, expected: &Outcome, bytes: u64) -> Result<bool, String> {
+    let folder = made(operation);
+    let (folder, image) = (folder.path(), operation.image);
+    let progress = Progress::default();
+    progress.cancel_after(bytes);
+    match (operation.run)(folder, &options(false), &progress) {
+        Ok(()) => return Ok(false),
+        Err(error) if error.kind() != ErrorKind::Cancelled => return Err(error.to_string()),
+        Err(_) => {}
+    }
+    match seen(folder, image) {
+        Ok(found) if found != expected.before && found != expected.after => return Err("reads something else".into()),
+        Err(error) if !error.to_string().contains("vhd ") => return Err(format!("does not open: {error}")),
+        _ => {}
+    }
+    (operation.run)(folder, &options(false), &Progress::default()).map_err(|error| format!("does not go on: {error}"))?;
+    match seen(folder, image) {
+        Ok(found) if found == expected.after && names(folder) == expected.names => Ok(true),
+        found => Err(format!("is not done: {:?}, {:?}", found.map(|_| ()), names(folder))),
+    }
+}
+
+#[test]
+fn an_operation_that_is_interrupted_loses_nothing_and_goes_on() {
+    // What moves no data is done before anyone could interrupt it.
+    let at_once = ["create", "snapshot", "undo start", "undo discard", "reparent"];
+    let mut wrong = Vec::new();
+    for operation in operations().into_iter().filter(|operation| !at_once.contains(&operation.name)) {
+        let expected = outcome_of(&operation);
+        let mut times = 0;
+        for bytes in (0..).step_by(700) {
+            match with_interruption(&operation, &expected, bytes) {
+                Ok(true) => times += 1,
+                Ok(false) => break,
+                Err(what) => wrong.push(format!("{}: after {bytes} bytes: {what}", operation.name)),
+            }
+        }
+        println!("{}: interrupted {times} times", operation.name);
+        if times == 0 {
+            wrong.push(format!("{}: can't be interrupted", operation.name));
+        }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

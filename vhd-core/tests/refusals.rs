@@ -92,13 +92,13 @@ fn what_is_open_elsewhere_is_left_alone() {
         ("resize", RESIZE),
         ("convert in place", CONVERT),
         ("merge", MERGE),
-        ("repair", |path, _| repair(path, RepairMode::All, false, &options(false)).map(drop)),
+        ("repair", |path, _| repair(path, RepairMode::All, false, &options(false), &Progress::default()).map(drop)),
         ("undo start", |path, _| undo::start(&[path.to_owned()], None, &options(false)).map(drop)),
         ("snapshot", |path, _| {
             let child = path.with_file_name("another.vhd");
             vhd_core::chain::create_child(&child, path, &support::child_options(), &options(false)).map(drop)
         }),
-        ("reparent", |path, _| reparent(&path.with_file_name("child.vhd"), path, true, &options(false)).map(drop)),
+        ("reparent", |path, _| reparent(&path.with_file_name("child.vhd"), path, true, false, &options(false)).map(drop)),
     ];
     for (name, operation) in operations {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();

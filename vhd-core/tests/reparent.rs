@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use vhd_core::chain::{Chain, ChainOptions, ParentPolicy, read_locators};
 use vhd_core::image::NewKind;
 use vhd_core::ops::check::{CheckOptions, Finding, Severity, check};
-use vhd_core::ops::reparent::reparent;
+use vhd_core::ops::reparent::{find_parent, reparent};
 use vhd_core::storage::FileStorage;
 use vhd_core::{Disk, ErrorKind};
 use vhd_testkit::crash::Effort;
@@ -100,7 +100,7 @@ fn judge(folder: &Path, other: &str, done: bool) -> Result<(), String> {
         2 => {}
         found => return Err(format!("shows {found}")),
     }
-    reparent(&child, &folder.join(other), true, &options(false)).map_err(|error| format!("again: {error}"))?;
+    reparent(&child, &folder.join(other), true, false, &options(false)).map_err(|error| format!("again: {error}"))?;
     match shown(&child)? {
         2 => Ok(()),
         found => Err(format!("again, and it shows {found}")),
@@ -113,7 +113,7 @@ fn operations(visit: &mut dyn FnMut(&Operation<'_>)) {
         for (number, spec) in specs().into_iter().enumerate() {
             let Folder { folder, .. } = Folder::new(spec.as_ref(), other);
             let run = |folder: &Path, chain: &ChainOptions| {
-                drop(reparent(&folder.join("child.vhd"), &folder.join(other), true, chain).unwrap());
+                drop(reparent(&folder.join("child.vhd"), &folder.join(other), true, false, chain).unwrap());
             };
             let judge = |folder: &Path, done: bool| judge(folder, other, done);
             let name = format!("reparent, child {number}, a path of {} letters", other.len());
@@ -142,13 +142,17 @@ fn every_barrier_is_needed() {
 fn all_locators_lead_to_the_new_parent_and_others_stay() {
     for spec in specs() {
         let it = Folder::new(spec.as_ref(), "sub/other ü.vhd");
-        reparent(&it.child(), &it.other, true, &options(false)).unwrap();
+        let before = fs::read(it.child()).unwrap();
+        let told = reparent(&it.child(), &it.other, true, true, &options(false)).unwrap();
+        assert!(fs::read(it.child()).unwrap() == before, "a dry run writes nothing");
+        assert_eq!(reparent(&it.child(), &it.other, true, false, &options(false)).unwrap(), told);
         let image = Chain::open_image(&it.child(), &options(false)).unwrap();
         let paths: Vec<_> =
             read_locators(&**image.storage(), image.header().unwrap()).unwrap().into_iter().map(|locator| locator.path).collect();
         let absolute = it.other.canonicalize().unwrap().to_str().unwrap().replace('/', "\\");
         let expected = [absolute, ".\\sub\\other ü.vhd".into(), "file://./sub/other ü.vhd".into()].map(Some);
         assert_eq!(paths[..3], expected);
+        assert!(told.locators.iter().map(|(_, path)| Some(path.clone())).eq(expected));
         let opaque = spec.is_some_and(|spec| spec.parent.unwrap().locators.iter().any(|locator| locator.code == *b"Mac "));
         assert_eq!(paths.len(), if opaque { 4 } else { 3 });
         let options = CheckOptions { parents: Some(&ParentPolicy::default()), ..CheckOptions::default() };
@@ -164,7 +168,7 @@ fn all_locators_lead_to_the_new_parent_and_others_stay() {
 fn libvhdi_finds_the_new_parent() {
     let Some(libvhdi) = VhdiMount::find() else { return };
     let it = Folder::new(None, "other.vhd");
-    reparent(&it.child(), &it.other, true, &options(false)).unwrap();
+    reparent(&it.child(), &it.other, true, false, &options(false)).unwrap();
     assert!(libvhdi.to_raw(&it.child()).is_ok());
 }
 
@@ -176,14 +180,15 @@ fn what_can_not_be_a_parent_is_refused_and_the_child_is_as_it_was() {
     new_child(&grandchild, &it.child());
     let large = it.folder.path().join("large.vhd");
     new_image(&large, NewKind::Dynamic, 128 << 10, 4096);
-    let refused = |parent: &Path, force: bool| reparent(&it.child(), parent, force, &options(false)).unwrap_err();
+    let refused = |parent: &Path, force: bool| reparent(&it.child(), parent, force, false, &options(false)).unwrap_err();
     let error = refused(&it.other, false);
     assert_eq!(error.kind(), ErrorKind::Parent);
     assert!(error.to_string().contains("UUID"), "{error}");
-    assert!(refused(&it.child(), true).to_string().contains("loop") || refused(&it.child(), true).kind() == ErrorKind::Locked);
+    assert!(refused(&it.child(), true).to_string().contains("the child itself"));
+    assert!(refused(&grandchild, true).to_string().contains("loop") || refused(&grandchild, true).kind() == ErrorKind::Locked);
     assert_eq!(refused(&large, false).kind(), ErrorKind::InvalidInput);
     assert_eq!(refused(&it.folder.path().join("none.vhd"), true).kind(), ErrorKind::NotFound);
-    let error = reparent(&it.other, &it.folder.path().join("base.vhd"), true, &options(false)).unwrap_err();
+    let error = reparent(&it.other, &it.folder.path().join("base.vhd"), true, false, &options(false)).unwrap_err();
     assert!(error.to_string().contains("is a dynamic disk"), "{error}");
     let after = support::files_of(it.folder.path());
     assert!(before.iter().all(|(path, bytes)| after[path] == *bytes));
@@ -196,6 +201,11 @@ fn the_same_parent_elsewhere_needs_no_force() {
     fs::create_dir(&moved).unwrap();
     fs::rename(it.folder.path().join("base.vhd"), moved.join("renamed.vhd")).unwrap();
     assert!(shown(&it.child()).is_err());
-    reparent(&it.child(), &moved.join("renamed.vhd"), false, &options(false)).unwrap();
+    let error = find_parent(&it.child(), &options(false)).unwrap_err();
+    assert!(error.kind() == ErrorKind::Parent || error.kind() == ErrorKind::NotFound, "{error}");
+    let mut chain = options(false);
+    chain.parents.parent_dirs = vec![moved.clone()];
+    assert_eq!(find_parent(&it.child(), &chain).unwrap(), moved.join("renamed.vhd"));
+    reparent(&it.child(), &moved.join("renamed.vhd"), false, false, &options(false)).unwrap();
     assert_eq!(shown(&it.child()), Ok(1));
 }

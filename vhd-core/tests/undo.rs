@@ -107,6 +107,42 @@ fn all_images_of_a_session_are_named_and_what_is_in_use_is_not_discarded() {
 }
 
 #[test]
+fn an_image_whose_commit_would_be_refused_starts_no_session() {
+    let session = Session::new();
+    let images = session.images();
+    undo::discard(&images, None, false, &options(false)).unwrap();
+    new_child(&images[1].with_file_name("other.vhd"), &images[1]);
+    let before = files_of(session.folder.path());
+    let error = undo::start(&images, None, &options(false)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused);
+    assert!(error.to_string().contains("other.vhd") && error.to_string().contains("--force"), "{error}");
+    assert!(files_of(session.folder.path()) == before);
+    let mut forced = options(false);
+    forced.image.force = true;
+    undo::start(&images, None, &forced).unwrap();
+    assert_eq!(commit(&images, &options(false)).unwrap_err().kind(), ErrorKind::Refused);
+    undo::discard(&images, None, false, &options(false)).unwrap();
+}
+
+#[test]
+fn what_a_session_would_do_is_told_and_not_done() {
+    let session = Session::new();
+    let images = session.images();
+    let before = files_of(session.folder.path());
+    let chain = options(false);
+    assert_eq!(undo::plan_start(&images, None, &chain).unwrap_err().kind(), ErrorKind::Exists);
+    let plans = undo::plan_commit(&images, None, false, &chain).unwrap();
+    assert_eq!(plans.iter().map(|plan| plan.data).collect::<Vec<_>>(), [12_288, 12_288]);
+    let undos: Vec<_> = images.iter().map(|image| image.with_extension("vud")).collect();
+    assert_eq!(undo::plan_discard(&images, None, false, &chain).unwrap(), undos);
+    assert!(files_of(session.folder.path()) == before);
+    undo::discard(&images, None, false, &chain).unwrap();
+    let planned = undo::plan_start(&images, None, &chain).unwrap();
+    assert_eq!(planned.members.into_iter().map(|member| member.undo).collect::<Vec<_>>(), undos);
+    assert!(undos.iter().all(|undo| !undo.exists()));
+}
+
+#[test]
 fn undo_disks_elsewhere_and_moved_together_are_one_session_still() {
     let session = Session::new();
     let images = session.images();

@@ -202,6 +202,45 @@ impl Footer {
         Ok(Self { bytes, disk_type })
     }
 
+    /// Reads a footer of which fields can't be, and rights those: version, disk type and data offset. `header` is what a
+    /// dynamic header in the usual place says that the disk is, `room` the bytes before the trailing footer. Returns what was
+    /// wrong, in words; `None` for what has no cookie.
+    pub(crate) fn salvage(bytes: &[u8; FOOTER_LEN], header: Option<DiskType>, room: u64) -> Option<(Self, Vec<String>)> {
+        let mut bytes = FooterBytes::read_from_bytes(bytes).unwrap_or_else(|_| unreachable!("both are 512 bytes"));
+        if bytes.cookie != FOOTER_COOKIE {
+            return None;
+        }
+        let mut wrong = Vec::new();
+        if bytes.version.get() != VERSION_1 {
+            wrong.push(FooterError::Version(bytes.version.get()).to_string());
+            bytes.version = U32::new(VERSION_1);
+        }
+        let offset = bytes.data_offset.get();
+        let may_lead = offset >= FOOTER_LEN as u64 && offset % SECTOR == 0 && offset <= i64::MAX as u64;
+        let disk_type = match (DiskType::from_code(bytes.disk_type.get()), header) {
+            // The bytes of a fixed disk may be anything, but its footer leads nowhere.
+            (Ok(DiskType::Fixed) | Err(_), Some(disk_type)) if may_lead => disk_type,
+            (Ok(known), _) => known,
+            (Err(_), None) if may_lead && offset < room => DiskType::Dynamic,
+            (Err(_), Some(disk_type)) if offset != NO_DATA_OFFSET && bytes.current_size.get() != room => disk_type,
+            (Err(_), _) => DiskType::Fixed,
+        };
+        if bytes.disk_type.get() != disk_type.code() {
+            let found = bytes.disk_type.get();
+            wrong.push(format!(
+                "the footer's disk type is {found}; it is taken to be {} ({})",
+                disk_type.code(),
+                disk_type.name()
+            ));
+            bytes.disk_type = U32::new(disk_type.code());
+        }
+        if disk_type != DiskType::Fixed && !may_lead {
+            wrong.push(FooterError::DataOffset(offset).to_string());
+            bytes.data_offset = U64::new(FOOTER_LEN as u64);
+        }
+        Some((Self { bytes, disk_type }, wrong))
+    }
+
     /// A footer for a new image. The dynamic header of a dynamic or differencing one follows at offset 512.
     #[must_use]
     pub fn new(new: &NewFooter) -> Self {

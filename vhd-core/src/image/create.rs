@@ -186,7 +186,7 @@ fn create_sparse(storage: &dyn Storage, options: &CreateOptions, size: u64, pare
 ///
 /// Paths are those of this host with `\`, because Windows needs that and everyone who reads them elsewhere maps it.
 /// `MacX` holds `file://` and the relative path, as tapdisk writes and expects it.
-pub(super) fn locator_texts(link: &ParentLink) -> [(PlatformCode, String); 3] {
+pub(crate) fn locator_texts(link: &ParentLink) -> [(PlatformCode, String); 3] {
     let relative = if link.relative.starts_with("../") { link.relative.clone() } else { format!("./{}", link.relative) };
     [
         (PlatformCode::W2ku, link.absolute.replace('/', "\\")),

@@ -96,12 +96,12 @@ impl Footers {
     }
 
     /// The trailing footer as it was found; zeros where a short one ends early.
-    pub(super) fn trailing_bytes(&self) -> &[u8; FOOTER_LEN] {
+    pub(crate) fn trailing_bytes(&self) -> &[u8; FOOTER_LEN] {
         &self.trailing_bytes
     }
 
     /// The copy as it was found.
-    pub(super) fn copy_bytes(&self) -> &[u8; FOOTER_LEN] {
+    pub(crate) fn copy_bytes(&self) -> &[u8; FOOTER_LEN] {
         &self.copy_bytes
     }
 

@@ -34,6 +34,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 pub(crate) use blocks::Blocks;
+pub(crate) use create::locator_texts;
 pub use create::{CreateOptions, Created, NewKind, ParentLink, create, create_file, create_file_on};
 pub use footers::{Authority, Footers};
 pub use open::{OpenOptions, SizePolicy};

@@ -1,15 +1,46 @@
 //! Giving a differencing image another parent.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::chain::{Chain, ChainOptions, is_vhd_name, link_to, refuse_linked};
+use crate::chain::{Chain, ChainOptions, find_parent_of, is_vhd_name, link_to, refuse_linked};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
-use crate::image::{Image, OpenOptions};
-use crate::storage::{FileStorage, LockMode};
+use crate::image::{Image, OpenOptions, locator_texts};
+use crate::storage::{FileStorage, LockMode, folder_of};
 
-/// Makes the image at `child` a child of the image or raw file at `parent`. Returns notes, one sentence each.
+/// What a change of parent does, or did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reparented {
+    /// The new parent, its path resolved.
+    pub parent: PathBuf,
+    /// The identifiers that the child had and has for its parent; all zero is a raw file.
+    pub uuids: [[u8; 16]; 2],
+    /// The locators that are written: platform code and path.
+    pub locators: Vec<(String, String)>,
+    /// What the user should know, one sentence each.
+    pub notes: Vec<String>,
+}
+
+/// Where the parent of the image at `child` is: where its locators lead, or by its identifier in the child's folder or one of
+/// those that the options name.
+///
+/// # Errors
+/// `InvalidInput` for what has no parent; `Parent` when it is not found; those of [`Image::open`].
+pub fn find_parent(child: &Path, chain: &ChainOptions) -> Result<PathBuf> {
+    let look = OpenOptions { writable: false, ..chain.image.clone() };
+    let image = Chain::open_image(child, &ChainOptions { image: look, ..chain.clone() })?;
+    let header = image
+        .header()
+        .filter(|header| header.parent_uuid() != [0; 16])
+        .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "has no parent that has an identifier; name the parent").at(child))?;
+    let mut policy = chain.parents.clone();
+    policy.parent_dirs.push(folder_of(child).to_owned());
+    let found = find_parent_of(&**image.storage(), child, header, &policy).map_err(|error| error.at(child))?;
+    Ok(found.path().to_owned())
+}
+
+/// Makes the image at `child` a child of the image or raw file at `parent`; with `dry_run` only says what would be done.
 ///
 /// Nothing of the data changes: what the child holds is laid over another parent. So a parent with another identifier is
 /// taken only with `force`; the same one at another place, always.
@@ -17,9 +48,9 @@ use crate::storage::{FileStorage, LockMode};
 /// # Errors
 /// `InvalidInput` for parents that can't be: a child of the image, itself, or larger; `Parent` for another identifier
 /// without `force`; `Locked`; those of [`Image::open`]. The child is as it was then.
-pub fn reparent(child: &Path, parent: &Path, force: bool, chain: &ChainOptions) -> Result<Vec<String>> {
-    let file = Arc::new(FileStorage::open(child, true)?);
-    file.lock(LockMode::Write)?;
+pub fn reparent(child: &Path, parent: &Path, force: bool, dry_run: bool, chain: &ChainOptions) -> Result<Reparented> {
+    let file = Arc::new(FileStorage::open(child, !dry_run)?);
+    file.lock(if dry_run { LockMode::Read } else { LockMode::Write })?;
     let look = OpenOptions { writable: false, ..chain.image.clone() };
     let image = Image::open(Arc::clone(&file) as _, child, &look)?;
     let Some(header) = image.header().filter(|_| image.footer().disk_type() == DiskType::Differencing) else {
@@ -28,6 +59,10 @@ pub fn reparent(child: &Path, parent: &Path, force: bool, chain: &ChainOptions) 
     };
     refuse_linked(&image, "has no other parent")?;
     let invalid = |message: String| Err(Error::new(ErrorKind::InvalidInput, message).at(parent));
+    // Before it is opened: the child is locked.
+    if FileStorage::open(parent, false)?.identity()? == file.identity()? {
+        return invalid("is the child itself".into());
+    }
     let opened = if is_vhd_name(parent) {
         let look = ChainOptions { image: look, ..chain.clone() };
         Chain::open(parent, &look)?
@@ -54,8 +89,11 @@ pub fn reparent(child: &Path, parent: &Path, force: bool, chain: &ChainOptions) 
         return Err(Error::new(ErrorKind::Parent, message).at(parent));
     }
     let link = link_to(child, parent, uuid)?;
+    let uuids = [header.parent_uuid(), uuid];
     drop(image);
-    Image::set_parent(&chain.host.adopt(file), child, &link, &chain.image).map_err(|error| error.at(child))?;
+    if !dry_run {
+        Image::set_parent(&chain.host.adopt(file), child, &link, &chain.image).map_err(|error| error.at(child))?;
+    }
     let mut notes = Vec::new();
     if link.relative.starts_with("../") {
         notes.push("the parent is not in the child's folder: opening the child will need --parent-dir or --any-parent".into());
@@ -63,5 +101,6 @@ pub fn reparent(child: &Path, parent: &Path, force: bool, chain: &ChainOptions) 
     if new.image().is_none() {
         notes.push("the parent is a raw file: opening the child will need --raw-parent".into());
     }
-    Ok(notes)
+    let locators = locator_texts(&link).map(|(code, text)| (code.name(), text)).to_vec();
+    Ok(Reparented { parent: link.absolute.into(), uuids, locators, notes })
 }

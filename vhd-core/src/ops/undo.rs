@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::merge::{self, MergeOptions};
+use super::merge::{self, MergeOptions, MergePlan};
 use crate::block::BlockDevice;
 use crate::chain::{Chain, ChainOptions, ChildOptions, UndoMember, UndoSession, create_child, find_children, uuid_of_file};
 use crate::error::{Error, ErrorKind, Result};
@@ -39,23 +39,9 @@ pub struct Status {
 /// all, none keeps one. Returns the session and notes.
 ///
 /// # Errors
-/// `Exists` for an image that has one; `InvalidInput`; those of [`create_child`].
+/// Those of [`plan_start`], and of [`create_child`].
 pub fn start(images: &[PathBuf], dir: Option<&Path>, chain: &ChainOptions) -> Result<(UndoSession, Vec<String>)> {
-    let mut members = Vec::new();
-    for image in images {
-        let image = real(image)?;
-        let undo = undo_of(&image, dir)?;
-        if undo.exists() {
-            return Err(Error::new(ErrorKind::Exists, "exists already: commit or discard that session first").at(&undo));
-        }
-        if members.iter().any(|other: &UndoMember| other.undo == undo) {
-            return Err(Error::new(ErrorKind::InvalidInput, "would be the undo disk of two images").at(&undo));
-        }
-        // All that can be in the way of one is found before the first is made.
-        Chain::open(&image, &read_only(chain))?;
-        members.push(UndoMember { image, undo });
-    }
-    let session = UndoSession { id: Uuid::new_v4(), members };
+    let session = plan_start(images, dir, chain)?;
     let mut notes = Vec::new();
     for (index, member) in session.members.iter().enumerate() {
         let made = session.to_bytes(folder_of(&member.undo)).and_then(|payload| {
@@ -73,6 +59,38 @@ pub fn start(images: &[PathBuf], dir: Option<&Path>, chain: &ChainOptions) -> Re
         }
     }
     Ok((session, notes))
+}
+
+/// The session that [`start`] would make.
+///
+/// # Errors
+/// `Exists` for an image that has an undo disk; `Refused` for one with other children, which a commit would make unusable, but
+/// where the options force it; `InvalidInput`; as the images can't be read.
+pub fn plan_start(images: &[PathBuf], dir: Option<&Path>, chain: &ChainOptions) -> Result<UndoSession> {
+    let mut members = Vec::new();
+    for image in images {
+        let image = real(image)?;
+        let undo = undo_of(&image, dir)?;
+        if undo.exists() {
+            return Err(Error::new(ErrorKind::Exists, "exists already: commit or discard that session first").at(&undo));
+        }
+        if members.iter().any(|other: &UndoMember| other.undo == undo) {
+            return Err(Error::new(ErrorKind::InvalidInput, "would be the undo disk of two images").at(&undo));
+        }
+        // All that can be in the way of one is found before the first is made.
+        Chain::open(&image, &read_only(chain))?;
+        let uuid = uuid_of_file(&image)?.filter(|uuid| *uuid != [0; 16] && !chain.image.force);
+        if let Some(child) = uuid.and_then(|uuid| find_children(&image, uuid).into_iter().next()) {
+            let message = format!(
+                "is the parent of {} too, which could not be used after a commit; merge or convert that first, or use --force \
+                 if it may be lost",
+                child.display()
+            );
+            return Err(Error::new(ErrorKind::Refused, message).at(&image));
+        }
+        members.push(UndoMember { image, undo });
+    }
+    Ok(UndoSession { id: Uuid::new_v4(), members })
 }
 
 /// Says how it stands with each image.
@@ -107,30 +125,46 @@ fn status_of(image: &Path, dir: Option<&Path>, chain: &ChainOptions) -> Result<S
     Ok(status)
 }
 
+/// What a commit would do, for each image: the merges, or those that are finished.
+///
+/// # Errors
+/// `InvalidInput` when an image has no undo disk, or the session has images that are not named; those of a merge.
+pub fn plan_commit(images: &[PathBuf], dir: Option<&Path>, force: bool, chain: &ChainOptions) -> Result<Vec<MergePlan>> {
+    let chain = &beside(images, chain)?;
+    for image in images {
+        if let Some(merge) = commit_of(&real(image)?)? {
+            return Ok(merge::plans_of(&merge));
+        }
+    }
+    let plan_of = |member: &UndoMember| {
+        let options = MergeOptions { into: Some(member.image.clone()), delete: true, force };
+        merge::plan(&member.undo, &options, chain)
+    };
+    named_members(images, dir, chain, false)?.iter().map(plan_of).collect()
+}
+
 /// Merges what was written into the images, all of them or none, and removes the undo disks. A commit that was
 /// interrupted is finished.
 ///
 /// # Errors
-/// `InvalidInput` when an image has no undo disk, or the session has images that are not named; those of a merge.
+/// Those of [`plan_commit`] and of a merge; `Cancelled`, when the same call goes on.
 pub fn commit(images: &[PathBuf], dir: Option<&Path>, force: bool, chain: &ChainOptions, progress: &Progress) -> Result<()> {
+    let plans = plan_commit(images, dir, force, chain)?;
     let chain = &beside(images, chain)?;
-    for image in images {
-        if let Some(merge) = commit_of(&real(image)?)? {
-            return merge::run_all(merge, true, chain, progress);
-        }
+    progress.set_total(plans.iter().map(|plan| plan.data).sum());
+    if let Some(begun) = plans.iter().find_map(|plan| plan.resumed.clone()) {
+        return merge::run_all(begun, true, chain, progress);
     }
-    let members = named_members(images, dir, chain, false)?;
-    let options = MergeOptions { into: None, delete: true, force };
-    let mut merges = Merge { undo: true, ..Merge::default() };
-    let mut total = 0;
-    for member in &members {
-        let into = Some(member.image.clone());
-        let plan = merge::plan(&member.undo, &MergeOptions { into, ..options.clone() }, chain)?;
-        total += plan.data;
-        merges.members.push(plan.member);
-    }
-    progress.set_total(total);
-    merge::run_all(merges, false, chain, progress)
+    let members = plans.into_iter().map(|plan| plan.member).collect();
+    merge::run_all(Merge { undo: true, members, ..Merge::default() }, false, chain, progress)
+}
+
+/// The undo disks that a discard would remove.
+///
+/// # Errors
+/// As [`discard`].
+pub fn plan_discard(images: &[PathBuf], dir: Option<&Path>, force: bool, chain: &ChainOptions) -> Result<Vec<PathBuf>> {
+    Ok(held(images, dir, force, LockMode::Read, chain)?.into_iter().map(|(undo, _)| undo).collect())
 }
 
 /// Removes the undo disks and what was written to them: all, or none. Returns them.
@@ -138,6 +172,23 @@ pub fn commit(images: &[PathBuf], dir: Option<&Path>, force: bool, chain: &Chain
 /// # Errors
 /// `Locked` when one is in use; `Refused` when one has children, or a commit was decided; as [`commit`].
 pub fn discard(images: &[PathBuf], dir: Option<&Path>, force: bool, chain: &ChainOptions) -> Result<Vec<PathBuf>> {
+    let held = held(images, dir, force, LockMode::Write, chain)?;
+    // With the first the session is discarded: the others can't be opened without it. So it is gone before the next.
+    for (undo, _) in &held {
+        chain.host.remove(undo)?;
+        chain.host.sync_folder(folder_of(undo))?;
+    }
+    Ok(held.into_iter().map(|(undo, _)| undo).collect())
+}
+
+/// The undo disks of the sessions, locked, where they may be removed.
+fn held(
+    images: &[PathBuf],
+    dir: Option<&Path>,
+    force: bool,
+    mode: LockMode,
+    chain: &ChainOptions,
+) -> Result<Vec<(PathBuf, FileStorage)>> {
     for image in images {
         let image = real(image)?;
         if commit_of(&image)?.is_some() {
@@ -148,8 +199,8 @@ pub fn discard(images: &[PathBuf], dir: Option<&Path>, force: bool, chain: &Chai
     let members = named_members(images, dir, chain, true)?;
     let mut held = Vec::new();
     for member in members.iter().filter(|member| member.undo.exists()) {
-        let file = FileStorage::open(&member.undo, true)?;
-        file.lock(LockMode::Write)?;
+        let file = FileStorage::open(&member.undo, matches!(mode, LockMode::Write))?;
+        file.lock(mode)?;
         let uuid = uuid_of_file(&member.undo)?.unwrap_or_default();
         if let Some(child) = find_children(&member.undo, uuid).first().filter(|_| !force) {
             let message = format!("is the parent of {}: use --force if that may be lost", child.display());
@@ -157,12 +208,7 @@ pub fn discard(images: &[PathBuf], dir: Option<&Path>, force: bool, chain: &Chai
         }
         held.push((member.undo.clone(), file));
     }
-    // With the first the session is discarded: the others can't be opened without it. So it is gone before the next.
-    for (undo, _) in &held {
-        chain.host.remove(undo)?;
-        chain.host.sync_folder(folder_of(undo))?;
-    }
-    Ok(held.into_iter().map(|(undo, _)| undo).collect())
+    Ok(held)
 }
 
 /// The members of the sessions of these images. All images of a session must be named; undo disks may be `missing`.

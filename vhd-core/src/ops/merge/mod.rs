@@ -9,6 +9,7 @@ mod run;
 
 use std::path::PathBuf;
 
+pub(crate) use plan::plans_of;
 pub use plan::{MergePlan, plan};
 pub use run::execute;
 pub(crate) use run::run_all;

@@ -118,6 +118,19 @@ fn unfinished(target: &Path, leaf: &Path) -> Result<Option<Merge>> {
     if merge.members.iter().any(is_leaf) { Ok(Some(merge)) } else { intent::refuse(target, uuid, &[]).map(|()| None) }
 }
 
+/// What is left to do of merges that were begun as one. How much they move is not counted again.
+pub(crate) fn plans_of(merge: &Merge) -> Vec<MergePlan> {
+    let plan = |member: &Member| MergePlan {
+        member: member.clone(),
+        data: 0,
+        zeros: 0,
+        grow_to: None,
+        lost: Vec::new(),
+        resumed: Some(merge.clone()),
+    };
+    merge.members.iter().map(plan).collect()
+}
+
 /// The plan of a merge that was begun.
 fn resumed(merge: Merge, chain: &ChainOptions) -> Result<MergePlan> {
     let Some(member) = merge.members.first().cloned() else {

@@ -2,14 +2,12 @@
 
 use std::ops::Range;
 
-use uuid::Uuid;
-
 use super::Repairer;
-use super::table::Table;
+use super::table::{Fit, Table};
 use crate::error::{Error, Result};
 use crate::format::{
-    BAT_ENTRY_LEN, Batmap, Creator, DiskType, DynamicHeader, FOOTER_LEN, Footer, HEADER_COOKIE, HEADER_LEN, LocatorEntry,
-    MAX_DISK_SIZE, NewFooter, NewHeader, SECTOR, Timestamp,
+    BAT_ENTRY_LEN, Batmap, DiskType, DynamicHeader, FOOTER_LEN, Footer, HEADER_COOKIE, HEADER_LEN, LocatorEntry, NewHeader,
+    SECTOR, Timestamp,
 };
 use crate::image::{Authority, Footers};
 use crate::layout::{FooterPlace, Layout};
@@ -17,7 +15,9 @@ use crate::ops::check::Code;
 use crate::storage::Storage;
 
 /// Where every creator puts the header.
-const USUAL_HEADER: u64 = 512;
+pub(super) const USUAL_HEADER: u64 = 512;
+/// Where a BAT goes of which nothing is left.
+const USUAL_TABLE: u64 = USUAL_HEADER + HEADER_LEN as u64;
 /// Entries of a table that is put right: the largest disk in blocks of 512 KiB has a quarter of that.
 const MAX_ENTRIES: u32 = 16 << 20;
 
@@ -28,19 +28,23 @@ impl Repairer<'_> {
         let Some((mut footer, authority)) = self.footer(&footers)? else { return Ok(()) };
         let data_end = if authority == Authority::Trailing { footers.trailing_at } else { footers.file_len };
         if self.may_lose() {
-            self.right_size(&mut footer);
+            self.right_size(&footers, &mut footer)?;
         }
         if footer.disk_type() == DiskType::Fixed {
             return self.fixed(&footers, &footer);
         }
-        let Some(header) = self.header(&mut footer, data_end)? else { return Ok(()) };
+        let header = self.header(&mut footer, data_end)?;
+        self.put_in_place(&footers, &footer, authority)?;
+        let Some(header) = header else { return Ok(()) };
+        // What footers and header led to before may have been nothing.
+        self.look_again()?;
         let layout = Layout::new(footer.current_size(), header.block_size());
         if layout.blocks() > header.max_table_entries() || layout.blocks() > MAX_ENTRIES || layout.blocks() == 0 {
             return Ok(());
         }
         let metadata = self.metadata(&footer, &header);
         let mut table = self.read_table(layout, header.bat_offset(), metadata)?;
-        if self.may_lose() && self.is_table_wrong() {
+        if self.may_lose() && (self.is_table_wrong() || self.is_table_lost) {
             self.right_table(&mut table, data_end)?;
         }
         self.put_footers(&footers, &footer, authority, &table)?;
@@ -50,33 +54,21 @@ impl Repairer<'_> {
         self.batmap(&footer, &header)
     }
 
-    /// The footer that counts: a valid one, one with a wrong checksum alone, or one made of what the header says.
-    fn footer(&mut self, footers: &Footers) -> Result<Option<(Footer, Authority)>> {
-        if let Ok(found) = footers.authority(false) {
-            return Ok(Some(found));
+    /// Writes the footers where they are, so that what they lead to is looked at next.
+    fn put_in_place(&mut self, footers: &Footers, footer: &Footer, authority: Authority) -> Result<()> {
+        let bytes = footer.to_bytes();
+        if footers.copy_bytes() != &bytes {
+            self.write(&bytes, 0)?;
+            self.change("the footer copy at the start written");
         }
-        if let Ok((footer, authority)) = footers.authority(true) {
-            let size = footer.current_size();
-            let fits = footer.disk_type() != DiskType::Fixed || size <= footers.trailing_at;
-            if (SECTOR..=MAX_DISK_SIZE).contains(&size) && fits {
-                // A byte of it is wrong, perhaps one that does not matter; the rest makes sense.
-                return Ok(Some((footer, authority)));
-            }
+        if authority == Authority::Trailing && !footers.trailing_is_short && footers.trailing_bytes() != &bytes {
+            self.write(&bytes, footers.trailing_at)?;
+            self.change("the trailing footer written");
         }
-        let Some(header) = self.header_at(USUAL_HEADER)?.filter(|_| self.may_lose()) else { return Ok(None) };
-        let size = (u64::from(header.max_table_entries()) * u64::from(header.block_size())).min(MAX_DISK_SIZE);
-        let disk_type = if header.parent_uuid() == [0; 16] { DiskType::Dynamic } else { DiskType::Differencing };
-        let uuid = Uuid::new_v4();
-        self.change(format!("both footers made anew: a {} disk of {size} bytes", disk_type.name()));
-        self.lose(format!(
-            "the image's UUID (now {uuid}, so children will not find it), its creator, and its exact size: {size} bytes is what its BAT has room for"
-        ));
-        let new =
-            NewFooter { disk_type, size, uuid: uuid.into_bytes(), creator: Creator::WINDOWS_10, timestamp: Timestamp::now() };
-        Ok(Some((Footer::new(&new), Authority::Copy)))
+        Ok(())
     }
 
-    fn header_at(&self, at: u64) -> Result<Option<DynamicHeader>> {
+    pub(super) fn header_at(&self, at: u64) -> Result<Option<DynamicHeader>> {
         if at.saturating_add(HEADER_LEN as u64) > self.len()? {
             return Ok(None);
         }
@@ -85,84 +77,36 @@ impl Repairer<'_> {
         Ok(DynamicHeader::parse_tolerant(&bytes).ok())
     }
 
-    /// A size that can't be becomes what can.
-    fn right_size(&mut self, footer: &mut Footer) {
-        let size = footer.current_size();
-        let right = (size - size % SECTOR).min(MAX_DISK_SIZE);
-        if size != right && right > 0 {
-            footer.set_size(right);
-            self.change(format!("the size made {right} bytes"));
-            self.lose(format!("the size was {size} bytes, of which {right} can be"));
-        }
-    }
-
-    /// A fixed disk: all there is is its footer.
-    fn fixed(&mut self, footers: &Footers, footer: &Footer) -> Result<()> {
-        let size = footer.current_size();
-        let mut at = footers.trailing_at;
-        if size > at {
-            if !self.may_lose() {
-                return Ok(());
-            }
-            self.write(&vec![0; (footers.file_len - at) as usize], at)?;
-            self.lose(format!("the last {} bytes of the disk are beyond the end of the file, and read as zeros", size - at));
-            self.change("the file made as long as the disk");
-            at = size;
-        }
-        let mut found = vec![0; FOOTER_LEN];
-        let there = self.len()?.saturating_sub(at).min(SECTOR) as usize;
-        self.read(&mut found[..there], at)?;
-        if found != footer.to_bytes() || at + SECTOR != self.len()? {
-            self.set_len(at + SECTOR)?;
-            self.write(&footer.to_bytes(), at)?;
-            self.change("the trailing footer written");
-        }
-        Ok(())
-    }
-
-    fn set_len(&self, len: u64) -> Result<()> {
+    pub(super) fn set_len(&self, len: u64) -> Result<()> {
         self.overlay.set_len(len).map_err(|error| Error::io(error, format!("can't be made {len} bytes long")))
     }
 
     /// The dynamic header, put right where it can be.
     fn header(&mut self, footer: &mut Footer, data_end: u64) -> Result<Option<DynamicHeader>> {
-        let mut at = footer.header_offset().unwrap_or(USUAL_HEADER);
-        let size = footer.current_size();
-        let needed = |header: &DynamicHeader| size.div_ceil(u64::from(header.block_size()));
-        let is_sound = |header: &DynamicHeader, at: u64, len: u64| {
-            let table = u64::from(header.max_table_entries()).min(needed(header)) * BAT_ENTRY_LEN;
-            let end = header.bat_offset().saturating_add(table);
-            let is_over_header = header.bat_offset() < at + HEADER_LEN as u64 && at < end;
-            end <= len && needed(header) > 0 && !is_over_header
+        let Some((at, mut header)) = self.sound_header(footer)? else {
+            return if self.may_lose() { self.new_header(footer, data_end, None) } else { Ok(None) };
         };
-        let len = self.len()?;
-        let mut found = self.header_at(at)?.filter(|header| is_sound(header, at, len));
-        let usual = self.header_at(USUAL_HEADER)?.filter(|header| is_sound(header, USUAL_HEADER, len));
-        if found.is_none() && usual.is_some() {
-            // The footers lead astray, the header is where everyone puts it.
-            footer.set_header_offset(USUAL_HEADER);
-            at = USUAL_HEADER;
-            found = usual;
-            self.change("the footers lead to the dynamic header at 0x200");
-        }
-        let Some(mut header) = found else {
-            return if self.may_lose() { self.new_header(footer, data_end) } else { Ok(None) };
-        };
-        let needed = needed(&header);
-        if self.may_lose() && u64::from(header.max_table_entries()) < needed {
-            let size = u64::from(header.max_table_entries()) * u64::from(header.block_size());
-            if size == 0 {
-                return Ok(None);
-            }
-            self.lose(format!("the size was {} bytes, of which the BAT has room for {size}", footer.current_size()));
-            self.change(format!("the size made {size} bytes"));
-            footer.set_size(size);
-        }
-        if self.may_lose() {
-            self.right_locators(&mut header)?;
-        }
         let mut bytes = [0; HEADER_LEN];
         self.read(&mut bytes, at)?;
+        if header.to_bytes() != bytes {
+            // Any of its fields may be the wrong one; the blocks bear it out, or do not.
+            let layout = Layout::new(footer.current_size(), header.block_size());
+            let fit = self.fit_of(layout, header.bat_offset(), data_end)?;
+            let is_complete = layout.blocks() <= header.max_table_entries();
+            if !(is_complete && fit.bad == 0 && fit.is_tight) {
+                if !self.may_lose() {
+                    return Ok(None);
+                }
+                if let Some(new) = self.new_header(footer, data_end, Some(fit))? {
+                    return Ok(Some(new));
+                }
+                self.lose("the dynamic header's checksum is wrong; what it says is taken as it is".into());
+            }
+        }
+        if self.may_lose() {
+            self.fit_size(&header, footer);
+            self.right_locators(&mut header, footer)?;
+        }
         if header.to_bytes() != bytes {
             self.write(&header.to_bytes(), at)?;
             self.change("the dynamic header written with its checksum");
@@ -170,15 +114,54 @@ impl Repairer<'_> {
         Ok(Some(header))
     }
 
-    /// Leaves out locators that lie where none can: the image is not opened for writing with them.
-    fn right_locators(&mut self, header: &mut DynamicHeader) -> Result<()> {
+    /// The header that the footers lead to, or the one where everyone puts it.
+    fn sound_header(&mut self, footer: &mut Footer) -> Result<Option<(u64, DynamicHeader)>> {
+        let size = footer.current_size();
         let len = self.len()?;
+        let is_sound = |header: &DynamicHeader, at: u64| {
+            let needed = size.div_ceil(u64::from(header.block_size()));
+            let table = u64::from(header.max_table_entries()).min(needed) * BAT_ENTRY_LEN;
+            let end = header.bat_offset().saturating_add(table);
+            let is_over_header = header.bat_offset() < at + HEADER_LEN as u64 && at < end;
+            table > 0 && end <= len && !is_over_header
+        };
+        let at = footer.header_offset().unwrap_or(USUAL_HEADER);
+        if let Some(header) = self.header_at(at)?.filter(|header| is_sound(header, at)) {
+            return Ok(Some((at, header)));
+        }
+        let usual = self.header_at(USUAL_HEADER)?.filter(|header| is_sound(header, USUAL_HEADER));
+        if usual.is_some() {
+            footer.set_header_offset(USUAL_HEADER);
+            self.change("the footers lead to the dynamic header at 0x200");
+        }
+        Ok(usual.map(|header| (USUAL_HEADER, header)))
+    }
+
+    /// Makes the disk as large as its BAT has room for.
+    fn fit_size(&mut self, header: &DynamicHeader, footer: &mut Footer) {
+        let (size, original) = (footer.current_size(), footer.original_size());
+        let block_size = u64::from(header.block_size());
+        let room = u64::from(header.max_table_entries()) * block_size;
+        if size > room {
+            // What it had once may be what it has.
+            let is_likely = original % SECTOR == 0 && original.div_ceil(block_size) * block_size == room;
+            let right = if is_likely { original } else { room };
+            self.lose(format!("the size was {size} bytes, of which the BAT has room for {right}"));
+            self.change(format!("the size made {right} bytes"));
+            footer.set_size(right);
+        }
+    }
+
+    /// Leaves out locators that lie where none can: the image is not opened for writing with them.
+    fn right_locators(&mut self, header: &mut DynamicHeader, footer: &Footer) -> Result<()> {
+        let len = self.len()?;
+        let batmap = self.batmap_of(footer, header).map_or(0..0, |(at, batmap)| at..batmap.offset() + batmap.len());
         let table = header.bat_offset()..header.bat_offset() + u64::from(header.max_table_entries()) * BAT_ENTRY_LEN;
         let head = 0..USUAL_HEADER + HEADER_LEN as u64;
         let is_right = |entry: &LocatorEntry| {
             let payload = entry.data_offset..entry.data_offset.saturating_add(u64::from(entry.data_length));
             let over = |other: &Range<u64>| payload.start < other.end && other.start < payload.end;
-            payload.end <= len && (payload.is_empty() || (!over(&head) && !over(&table)))
+            payload.end <= len && (payload.is_empty() || (!over(&head) && !over(&table) && !over(&batmap)))
         };
         let used: Vec<_> = header.locators().filter(LocatorEntry::is_used).collect();
         let kept: Vec<_> = used.iter().filter(|entry| is_right(entry)).cloned().collect();
@@ -196,25 +179,41 @@ impl Repairer<'_> {
         Ok(())
     }
 
-    /// A header made of what the footer says and what the file looks like.
-    fn new_header(&mut self, footer: &mut Footer, data_end: u64) -> Result<Option<DynamicHeader>> {
+    /// A header made of what the footer says and what the file looks like. Where there is one that fits the file so well,
+    /// only one that fits better.
+    fn new_header(&mut self, footer: &mut Footer, data_end: u64, than: Option<Fit>) -> Result<Option<DynamicHeader>> {
         let sizes = [2 << 20, 512 << 10, 1 << 20, 4 << 20, 8 << 20, 16 << 20, 256 << 10, 128 << 10, 64 << 10, 4096];
-        let mut best: Option<(usize, u64, u32)> = None;
+        let mut best: Option<(Fit, u64, u32)> = None;
         for block_size in sizes {
             let layout = Layout::new(footer.current_size(), block_size);
             if (1..=MAX_ENTRIES).contains(&layout.blocks())
-                && let Some((used, at)) = self.find_table(layout, data_end)?
-                && best.is_none_or(|(most, ..)| used > most)
+                && let Some((fit, at)) = self.find_table(layout, data_end)?
+                && best.is_none_or(|(most, ..)| fit.rank() > most.rank())
             {
-                best = Some((used, at, block_size));
+                best = Some((fit, at, block_size));
             }
         }
-        let Some((_, bat_offset, block_size)) = best else { return Ok(None) };
+        if let Some(than) = than
+            && best.is_none_or(|(fit, ..)| fit.rank() <= than.rank())
+        {
+            return Ok(None);
+        }
+        self.is_table_lost = best.is_none_or(|(fit, ..)| fit.good == 0);
+        let (bat_offset, block_size) = best.map_or((USUAL_TABLE, sizes[0]), |(_, at, block_size)| (at, block_size));
+        if best.is_none() {
+            let blocks = Layout::new(footer.current_size(), block_size).blocks();
+            if blocks == 0 || blocks > MAX_ENTRIES {
+                return Ok(None);
+            }
+            let unused = u64::from(blocks) * BAT_ENTRY_LEN;
+            self.write(&vec![0xFF; unused.next_multiple_of(SECTOR) as usize], USUAL_TABLE)?;
+        }
         let entries = Layout::new(footer.current_size(), block_size).blocks();
         let mut header = DynamicHeader::new(&NewHeader { bat_offset, max_table_entries: entries, block_size });
         // What is left of the parent's identity is in the damaged one, if anything is.
         let mut old = [0; HEADER_LEN];
-        self.read(&mut old, USUAL_HEADER)?;
+        let there = self.len()?.saturating_sub(USUAL_HEADER).min(HEADER_LEN as u64) as usize;
+        self.read(&mut old[..there], USUAL_HEADER)?;
         let parent = old.get(40..56).and_then(|bytes| bytes.try_into().ok()).filter(|_| old.starts_with(&HEADER_COOKIE));
         if footer.disk_type() == DiskType::Differencing {
             header.set_parent(parent.unwrap_or_default(), Timestamp(0), "");
@@ -252,12 +251,6 @@ impl Repairer<'_> {
             Code::BlockDuplicate,
             Code::BlocksOverlap,
             Code::BatOutside,
-            Code::HeaderMissing,
-            Code::HeaderOutside,
-            Code::BatOffset,
-            Code::BlockSize,
-            Code::HeaderVersion,
-            Code::NoValidFooter,
         ];
         codes.into_iter().any(|code| self.found(code))
     }

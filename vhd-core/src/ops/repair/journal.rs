@@ -16,6 +16,7 @@ use crate::chain::ChainOptions;
 use crate::error::{Error, ErrorKind, Result};
 use crate::intent::{self, InPlace, Intent, Work};
 use crate::ops::copy::is_zero;
+use crate::progress::Progress;
 use crate::storage::{FileStorage, Host, LockMode, Storage, folder_of, put_file};
 
 const SUFFIX: &str = ".vhd-repair-undo";
@@ -86,7 +87,13 @@ fn parse(bytes: &[u8]) -> Result<Journal, String> {
 }
 
 /// Writes the changes of a repair to the image, its journal first. Returns where that is; nothing when nothing changes.
-pub(super) fn execute(overlay: &Arc<Overlay>, image: &Path, repair: &Repair, host: &dyn Host) -> Result<Option<PathBuf>> {
+pub(super) fn execute(
+    overlay: &Arc<Overlay>,
+    image: &Path,
+    repair: &Repair,
+    host: &dyn Host,
+    progress: &Progress,
+) -> Result<Option<PathBuf>> {
     let base = &**overlay.base();
     let failed = |error| Error::io(error, "can't be repaired").at(image);
     let (before, after) = (base.len().map_err(failed)?, overlay.len().map_err(failed)?);
@@ -94,6 +101,8 @@ pub(super) fn execute(overlay: &Arc<Overlay>, image: &Path, repair: &Repair, hos
     if changes.is_empty() && before == after {
         return Ok(None);
     }
+    // Read once for the journal, written once.
+    progress.set_total(changes.iter().map(|(_, bytes)| bytes.len() as u64 * 2).sum());
     remove_unused(base, image, host)?;
     let number = (1..=MAX_JOURNALS).find(|number| path_of(image, *number).is_ok_and(|path| !path.exists()));
     let number = number.ok_or_else(|| {
@@ -101,7 +110,7 @@ pub(super) fn execute(overlay: &Arc<Overlay>, image: &Path, repair: &Repair, hos
             .at(image)
     })?;
     let path = path_of(image, number)?;
-    put_file(host, &path, &encode(base, before, after, &changes, repair).map_err(|error| error.at(image))?)?;
+    put_file(host, &path, &encode(base, before, after, &changes, repair, progress).map_err(|error| error.at(image))?)?;
     let name = path.file_name().map(PathBuf::from).unwrap_or_default();
     intent::put(host, image, &Intent::InPlace(InPlace { uuid: None, work: Work::Repair(name) }))?;
     if after != before {
@@ -110,13 +119,21 @@ pub(super) fn execute(overlay: &Arc<Overlay>, image: &Path, repair: &Repair, hos
     for (at, bytes) in &changes {
         let written = base.write_at(bytes, *at);
         written.map_err(|error| Error::io(error, format!("can't be repaired at {at:#x}")).at(image))?;
+        progress.advance(bytes.len() as u64)?;
     }
     base.sync().map_err(failed)?;
     intent::remove(host, image)?;
     Ok(Some(path))
 }
 
-fn encode(base: &dyn Storage, before: u64, after: u64, changes: &[(u64, Vec<u8>)], repair: &Repair) -> Result<Vec<u8>> {
+fn encode(
+    base: &dyn Storage,
+    before: u64,
+    after: u64,
+    changes: &[(u64, Vec<u8>)],
+    repair: &Repair,
+    progress: &Progress,
+) -> Result<Vec<u8>> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     // What is beyond the end was not there: cutting it off again puts it back.
     for (at, bytes) in changes.iter().filter(|(at, _)| *at < before) {
@@ -131,6 +148,7 @@ fn encode(base: &dyn Storage, before: u64, after: u64, changes: &[(u64, Vec<u8>)
         let mut bytes = vec![0; *len as usize];
         base.read_at(&mut bytes, *at).map_err(|error| Error::io(error, format!("can't be read at {at:#x}")))?;
         originals.extend(bytes);
+        progress.advance(*len)?;
     }
     let written: Vec<u8> = changes.iter().flat_map(|(_, bytes)| bytes.iter().copied()).collect();
     let crc = [CRC.checksum(&originals), CRC.checksum(&written)];
@@ -174,13 +192,14 @@ fn is_put_back(storage: &dyn Storage, journal: &Journal) -> Result<bool> {
 }
 
 /// Makes the file what it was.
-pub(super) fn put_back(storage: &dyn Storage, journal: &Journal) -> Result<()> {
+pub(super) fn put_back(storage: &dyn Storage, journal: &Journal, progress: &Progress) -> Result<()> {
     let failed = |error| Error::io(error, "can't be put back");
     storage.set_len(journal.head.len[0]).map_err(failed)?;
     let mut rest = &journal.bytes[..];
     for (at, len) in &journal.head.ranges {
         let (bytes, more) = rest.split_at((*len as usize).min(rest.len()));
         storage.write_at(bytes, *at).map_err(|error| Error::io(error, format!("can't be put back at {at:#x}")))?;
+        progress.advance(*len)?;
         rest = more;
     }
     storage.sync().map_err(failed)
@@ -190,8 +209,9 @@ pub(super) fn put_back(storage: &dyn Storage, journal: &Journal) -> Result<()> {
 /// repair had changed.
 ///
 /// # Errors
-/// `NotFound` without a journal; `Refused` when the image was changed since, but with `force`; as the host fails.
-pub fn undo_repair(path: &Path, force: bool, chain: &ChainOptions) -> Result<Vec<String>> {
+/// `InvalidInput` without a journal; `Refused` when the image was changed since, but with `force`; as the host fails;
+/// `Cancelled`, when the same call goes on.
+pub fn undo_repair(path: &Path, force: bool, chain: &ChainOptions, progress: &Progress) -> Result<Vec<String>> {
     let file = Arc::new(FileStorage::open(path, true)?);
     file.lock(LockMode::Write)?;
     let storage = chain.host.adopt(file);
@@ -226,7 +246,8 @@ pub fn undo_repair(path: &Path, force: bool, chain: &ChainOptions) -> Result<Vec
             intent::put(host, path, &Intent::InPlace(InPlace { uuid: None, work: Work::Repair(name) }))?;
         }
     }
-    put_back(&*storage, &journal).map_err(|error| error.at(path))?;
+    progress.set_total(journal.bytes.len() as u64);
+    put_back(&*storage, &journal, progress).map_err(|error| error.at(path))?;
     intent::remove(host, path)?;
     host.remove(&journal_path)?;
     host.sync_folder(folder_of(&journal_path))?;

@@ -8,6 +8,7 @@ mod footers;
 mod journal;
 mod overlay;
 mod table;
+mod which;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use crate::chain::ChainOptions;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Blocks, Image, OpenOptions};
 use crate::intent::{self, InPlace, Intent, Work};
+use crate::progress::Progress;
 use crate::storage::{FileStorage, LockMode, Storage};
 
 pub use journal::undo_repair;
@@ -46,6 +48,8 @@ pub struct Repair {
     pub before: Vec<Finding>,
     /// What a check finds afterwards.
     pub after: Vec<Finding>,
+    /// Bytes of the file that are written, or cut off.
+    pub bytes: u64,
     /// Where the original bytes are, once it was done.
     pub journal: Option<PathBuf>,
 }
@@ -59,20 +63,21 @@ impl Repair {
 }
 
 /// Times that a repair looks again at what it has put right.
-const MAX_PASSES: usize = 4;
+const MAX_PASSES: usize = 6;
 
 /// Repairs the image at `path`; with `dry_run` only says what would be done. One that is sound is left alone.
 ///
 /// # Errors
 /// `NotVhd` when nothing of a VHD is there; `Refused` for an image that another operation has in hand; `Locked`; as the host
-/// fails.
-pub fn repair(path: &Path, mode: RepairMode, dry_run: bool, chain: &ChainOptions) -> Result<Repair> {
+/// fails; `Cancelled`, when the image is what it was, or the same call begins again.
+pub fn repair(path: &Path, mode: RepairMode, dry_run: bool, chain: &ChainOptions, progress: &Progress) -> Result<Repair> {
     let file = Arc::new(FileStorage::open(path, !dry_run)?);
     file.lock(if dry_run { LockMode::Read } else { LockMode::Write })?;
     let storage: Arc<dyn Storage> = if dry_run { file } else { chain.host.adopt(file) };
     match intent::find(path)? {
         Some(Intent::InPlace(InPlace { work: Work::Repair(name), .. })) if !dry_run => {
-            journal::put_back(&*storage, &journal::beside(path, &name)?).map_err(|error| error.at(path))?;
+            // Nothing but this makes an image of it again, so it is done to its end.
+            journal::put_back(&*storage, &journal::beside(path, &name)?, &Progress::default()).map_err(|error| error.at(path))?;
             intent::remove(&*chain.host, path)?;
         }
         Some(_) => {
@@ -81,8 +86,9 @@ pub fn repair(path: &Path, mode: RepairMode, dry_run: bool, chain: &ChainOptions
         None => {}
     }
     let (overlay, mut repair) = plan_over(storage, path, mode).map_err(|error| error.at(path))?;
+    progress.advance(0)?;
     if !dry_run {
-        repair.journal = journal::execute(&overlay, path, &repair, &*chain.host)?;
+        repair.journal = journal::execute(&overlay, path, &repair, &*chain.host, progress)?;
     }
     Ok(repair)
 }
@@ -102,8 +108,10 @@ fn plan_over(storage: Arc<dyn Storage>, path: &Path, mode: RepairMode) -> Result
     let (mut changes, mut lost, mut after) = (Vec::new(), Vec::new(), before.clone());
     // What is put right may bring to light what else is wrong.
     for _ in 0..MAX_PASSES {
-        let mut repairer = Repairer { overlay: &overlay, mode, before: &after, changes: Vec::new(), lost };
-        repairer.run(path)?;
+        let mut repairer =
+            Repairer { overlay: &overlay, path, mode, findings: after, changes: Vec::new(), lost, is_table_lost: false };
+        repairer.structures()?;
+        repairer.leaks()?;
         let new: Vec<_> = repairer.changes.into_iter().filter(|change| !changes.contains(change)).collect();
         lost = repairer.lost;
         after = look(&*overlay, path)?.findings;
@@ -112,7 +120,10 @@ fn plan_over(storage: Arc<dyn Storage>, path: &Path, mode: RepairMode) -> Result
         }
         changes.extend(new);
     }
-    Ok((Arc::clone(&overlay), Repair { changes, lost, before, after, journal: None }))
+    let failed = |error| Error::io(error, "can't be examined");
+    let written: usize = overlay.changes().map_err(failed)?.iter().map(|(_, bytes)| bytes.len()).sum();
+    let cut = overlay.base().len().map_err(failed)?.saturating_sub(overlay.len().map_err(failed)?);
+    Ok((Arc::clone(&overlay), Repair { changes, lost, before, after, bytes: written as u64 + cut, journal: None }))
 }
 
 fn look(storage: &dyn Storage, path: &Path) -> Result<Report> {
@@ -125,20 +136,24 @@ fn look(storage: &dyn Storage, path: &Path) -> Result<Report> {
 /// One repair under way.
 struct Repairer<'a> {
     overlay: &'a Arc<Overlay>,
+    path: &'a Path,
     mode: RepairMode,
-    before: &'a [Finding],
+    /// What a check finds, as far as the repair has come.
+    findings: Vec<Finding>,
     changes: Vec<String>,
     lost: Vec<String>,
+    /// Nothing is left of the BAT: the file is searched for blocks.
+    is_table_lost: bool,
 }
 
 impl Repairer<'_> {
-    fn run(&mut self, path: &Path) -> Result<()> {
-        self.structures()?;
-        self.leaks(path)
+    fn look_again(&mut self) -> Result<()> {
+        self.findings = look(&**self.overlay, self.path)?.findings;
+        Ok(())
     }
 
     fn found(&self, code: Code) -> bool {
-        self.before.iter().any(|finding| finding.code == code)
+        self.findings.iter().any(|finding| finding.code == code)
     }
 
     fn may_lose(&self) -> bool {
@@ -146,7 +161,10 @@ impl Repairer<'_> {
     }
 
     fn change(&mut self, what: impl Into<String>) {
-        self.changes.push(what.into());
+        let what = what.into();
+        if !self.changes.contains(&what) {
+            self.changes.push(what);
+        }
     }
 
     /// Notes what is given up. Of millions of entries the first are told.
@@ -171,7 +189,8 @@ impl Repairer<'_> {
     }
 
     /// Gives back space that nothing names: only in an image that is sound otherwise, as it may hold what a table lost.
-    fn leaks(&mut self, path: &Path) -> Result<()> {
+    fn leaks(&mut self) -> Result<()> {
+        let path = self.path;
         let now = look(&**self.overlay, path)?;
         if !now.ok() || !self.lost.is_empty() || !now.findings.iter().any(|finding| finding.code == Code::LeakedSpace) {
             return Ok(());

@@ -198,11 +198,12 @@ mod tests {
             both.set_len(1500).unwrap();
             both.set_len(3000).unwrap();
             both.write_at(&[2; 3], 2990).unwrap();
+            both.write_at(&[3; 600], 4000).unwrap();
         }
-        let mut found = vec![9; 3000];
+        let mut found = vec![9; 4600];
         overlay.read_at(&mut found, 0).unwrap();
         assert!(found == plain.to_vec());
         assert_eq!(base.to_vec().len(), 2000);
-        assert_eq!(overlay.changes().unwrap().iter().map(|(at, _)| *at).collect::<Vec<_>>(), [0, 2560]);
+        assert_eq!(overlay.changes().unwrap().iter().map(|(at, _)| *at).collect::<Vec<_>>(), [0, 2560, 3584]);
     }
 }

@@ -10,6 +10,8 @@ use crate::storage::Storage;
 
 /// Bytes of blocks that are copied because two entries claim one place.
 const MAX_COPIED: u64 = 64 << 20;
+/// Room between structures that is no sign of a block: locators are given up to 64 KiB each.
+const MAX_GAP: u64 = 128 << 10;
 
 /// The table as it will be.
 pub(super) struct Table {
@@ -18,6 +20,55 @@ pub(super) struct Table {
     pub(super) entries: Vec<u32>,
     /// What is no block.
     pub(super) metadata: Vec<Range<u64>>,
+}
+
+/// How well entries of a BAT fit the file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Fit {
+    /// Entries that name a block of their own inside the file.
+    pub(super) good: usize,
+    /// Entries that can't be right.
+    pub(super) bad: usize,
+    /// The file has no room for another block that they do not name.
+    pub(super) is_tight: bool,
+}
+
+impl Fit {
+    /// What is larger fits better.
+    pub(super) fn rank(self) -> (i64, bool) {
+        (self.good as i64 - self.bad as i64, self.is_tight)
+    }
+
+    /// Judges the entries of a table that ends at `after`, for blocks that end before `data_end`.
+    fn of(table: &[u8], layout: Layout, after: u64, data_end: u64) -> Self {
+        /// What has more wrong entries than right ones is no table.
+        const ENOUGH: usize = 64;
+        let (mut fit, mut starts) = (Self::default(), Vec::new());
+        for entry in table.as_chunks::<4>().0.iter().map(|entry| u32::from_be_bytes(*entry)).filter(|entry| *entry != BAT_UNUSED)
+        {
+            let slot = layout.slot(entry);
+            match slot.start >= after && slot.end <= data_end {
+                true => starts.push(slot.start),
+                false => fit.bad += 1,
+            }
+            if fit.bad > starts.len() + ENOUGH {
+                break;
+            }
+        }
+        starts.sort_unstable();
+        let mut end = after;
+        fit.is_tight = true;
+        for start in starts {
+            match start < end {
+                true => fit.bad += 1,
+                false => fit.good += 1,
+            }
+            fit.is_tight &= start < end + layout.slot_len().max(MAX_GAP);
+            end = end.max(start + layout.slot_len());
+        }
+        fit.is_tight &= data_end < end + layout.slot_len().max(MAX_GAP);
+        fit
+    }
 }
 
 impl Table {
@@ -62,7 +113,8 @@ impl Repairer<'_> {
             slot.start >= file_len || table.is_over_metadata(&slot)
         };
         let wrong = table.entries.iter().filter(|entry| **entry != BAT_UNUSED && impossible(table, **entry)).count();
-        if wrong > 0 && wrong * 2 >= used && wrong + 1 >= used && self.rebuild_table(table, data_end)? {
+        let is_lost = self.is_table_lost || (wrong > 0 && wrong * 2 >= used && wrong + 1 >= used);
+        if is_lost && self.rebuild_table(table, data_end)? {
             return self.put_table(table, &before);
         }
         for block in 0..table.entries.len() {
@@ -181,9 +233,17 @@ impl Repairer<'_> {
         Ok((full, found))
     }
 
-    /// Looks for a table of as many entries that all may be right, sector by sector. The first that names most counts.
-    /// Returns how many entries it uses, and where it is.
-    pub(super) fn find_table(&self, layout: Layout, data_end: u64) -> Result<Option<(usize, u64)>> {
+    /// How well the entries at `at` fit the file.
+    pub(super) fn fit_of(&self, layout: Layout, at: u64, data_end: u64) -> Result<Fit> {
+        let len = u64::from(layout.blocks()) * BAT_ENTRY_LEN;
+        let mut bytes = vec![0xFF; len as usize];
+        let there = self.len()?.saturating_sub(at).min(len) as usize;
+        self.read(&mut bytes[..there], at)?;
+        Ok(Fit::of(&bytes, layout, (at + len).next_multiple_of(SECTOR), data_end))
+    }
+
+    /// Looks for a table, sector by sector. The first that fits best counts. Returns how well, and where it is.
+    pub(super) fn find_table(&self, layout: Layout, data_end: u64) -> Result<Option<(Fit, u64)>> {
         const REACH: u64 = 1 << 20;
         const FIRST: u64 = 1536;
         let len = u64::from(layout.blocks()) * BAT_ENTRY_LEN;
@@ -193,21 +253,12 @@ impl Repairer<'_> {
         }
         let mut bytes = vec![0; (end - FIRST) as usize];
         self.read(&mut bytes, FIRST)?;
-        let mut best: Option<(usize, u64)> = None;
+        let mut best: Option<(Fit, u64)> = None;
         for at in (FIRST..=end - len).step_by(SECTOR as usize) {
             let table = &bytes[(at - FIRST) as usize..][..len as usize];
-            let after = (at + len).next_multiple_of(SECTOR);
-            let mut starts: Vec<_> = Vec::new();
-            let entries = table.as_chunks::<4>().0.iter().map(|entry| u32::from_be_bytes(*entry));
-            let all_may_be = entries.filter(|entry| *entry != BAT_UNUSED).all(|entry| {
-                let slot = layout.slot(entry);
-                starts.push(slot.start);
-                slot.start >= after && slot.end <= data_end
-            });
-            starts.sort_unstable();
-            let apart = starts.windows(2).all(|pair| pair[0] + layout.slot_len() <= pair[1]);
-            if all_may_be && apart && best.is_none_or(|(count, _)| starts.len() > count) {
-                best = Some((starts.len(), at));
+            let fit = Fit::of(table, layout, (at + len).next_multiple_of(SECTOR), data_end);
+            if fit.good >= fit.bad && best.is_none_or(|(most, _)| fit.rank() > most.rank()) {
+                best = Some((fit, at));
             }
         }
         Ok(best)
@@ -217,5 +268,10 @@ impl Repairer<'_> {
 impl Repairer<'_> {
     pub(super) fn len(&self) -> Result<u64> {
         self.overlay.len().map_err(|error| crate::error::Error::io(error, "can't be examined"))
+    }
+
+    /// False on a device, whose length is what it is.
+    pub(super) fn can_grow(&self) -> bool {
+        self.overlay.can_grow()
     }
 }
