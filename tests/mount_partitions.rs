@@ -224,3 +224,65 @@ fn a_bad_table_is_told_in_a_file_and_what_is_good_of_it_is_shown() {
     let said = refused(folder, "mount --fs a.vhd:p1 disk");
     assert!(said.contains("no file system"), "{said}");
 }
+
+/// Damages the GPT in a file that sgdisk made: `kind`, then checksums made right again, so that the lie is believed.
+const LIE: &str = r#"
+import struct, sys, zlib
+name, kind = sys.argv[1], sys.argv[2]
+with open(name, "r+b") as disk:
+    disk.seek(0, 2); last = disk.tell() // 512 - 1
+    for at in (1, last):
+        disk.seek(at * 512); header = bytearray(disk.read(512))
+        entries_at, count, size = struct.unpack_from("<QII", header, 72)
+        disk.seek(entries_at * 512); entries = bytearray(disk.read(count * size))
+        first, end = struct.unpack_from("<QQ", entries, 32)
+        if kind == "overlap": struct.pack_into("<QQ", entries, size + 32, first + 8, end)
+        elif kind == "beyond": struct.pack_into("<QQ", entries, size + 32, end + 1, 1 << 62)
+        elif kind == "backwards": struct.pack_into("<QQ", entries, size + 32, end + 9, end + 1)
+        elif kind == "many": struct.pack_into("<I", header, 80, 0xFFFFFFFF)
+        elif kind == "large": struct.pack_into("<I", header, 84, 1 << 31)
+        elif kind == "gone": header[0] = 0
+        elif kind == "itself": struct.pack_into("<Q", header, 72, 1)
+        disk.seek(entries_at * 512); disk.write(entries)
+        if kind != "many" and kind != "large": struct.pack_into("<I", header, 88, zlib.crc32(entries))
+        struct.pack_into("<I", header, 16, 0)
+        struct.pack_into("<I", header, 16, zlib.crc32(header[:92]) ^ (kind == "checksum"))
+        disk.seek(at * 512); disk.write(header)
+"#;
+
+#[test]
+fn lies_in_a_gpt_are_told_in_a_file_and_what_is_good_of_it_is_shown() {
+    if !possible(&["sgdisk", "python3"]) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let _cleanup = Cleanup(vec![folder.join("disk")]);
+    fs::create_dir(folder.join("disk")).unwrap();
+    let raw = folder.join("raw");
+    let file = raw.to_str().unwrap();
+    let both: &[&str] = &["p1", "p2"];
+    let lies: &[(&str, &str, &[&str])] = &[
+        ("overlap", "overlap", both),
+        ("beyond", "2", &["p1"]),
+        ("backwards", "2", &["p1"]),
+        ("many", "4294967295 entries", &[]),
+        ("large", "2147483648 bytes", &[]),
+        ("itself", "entries at sector 1", &[]),
+        ("checksum", "wrong CRC", &[]),
+        ("gone", "there is none", &[]),
+    ];
+    for (kind, told, shown) in lies {
+        fs::File::create(&raw).unwrap().set_len(64 << 20).unwrap();
+        run("sgdisk", &["-n1:2048:40959", "-n2:40960:81919", file]);
+        run("python3", &["-c", LIE, file, kind]);
+        done(folder, &format!("convert raw {kind}.vhd"));
+        done(folder, &format!("mount --read-only {kind}.vhd disk"));
+        let errors = fs::read_to_string(folder.join("disk/partition-errors.txt")).unwrap_or_default();
+        assert!(errors.contains(told), "{kind}: {errors}");
+        let names = support::names_in(&folder.join("disk"));
+        let parts: Vec<_> = names.iter().filter(|name| name.starts_with('p') && !name.ends_with(".txt")).collect();
+        assert_eq!(parts, *shown, "{kind}: {errors}");
+        done(folder, "unmount disk");
+    }
+}

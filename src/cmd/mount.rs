@@ -13,7 +13,7 @@ use clap::Args;
 use serde_json::{Value, json};
 use vhd_core::chain::ChainOptions;
 use vhd_core::ops::undo;
-use vhd_core::partition::PartitionTable;
+use vhd_core::partition::{PartitionTable, PartitionType};
 use vhd_core::{Disk, Error, ErrorKind, LiveDisk};
 use vhd_fuse::{Contents, DISK_FILE, MountOptions, Mounted, StopSignals};
 use vhd_service::runtime;
@@ -25,6 +25,9 @@ use crate::sizes;
 /// What the background process says on its stdout when the files are there, before a document. Anything else it says
 /// is an error's document, with `--json`.
 const READY: &str = "ready\n";
+
+/// Type of an MBR's partition that keeps programs which know no GPT from a disk that has one.
+const PROTECTIVE: u8 = 0xEE;
 
 /// Arguments of `vhd mount`.
 #[derive(Debug, Args)]
@@ -156,7 +159,7 @@ impl MountArgs {
 
     /// Mounts the disk where only this user sees it, and the file system of a partition on the target.
     fn mount_inside(&self, disk: &Disk, wanted: &Wanted) -> Result<(Mounted, Option<String>), Error> {
-        let table = PartitionTable::read(disk)?;
+        let table = partitions(disk)?;
         let name = file_with(&table, wanted)?;
         let hidden = runtime::folder()?.join(format!("fs-{}", std::process::id()));
         std::fs::create_dir(&hidden).map_err(|error| Error::io(error, "can't be made to mount on").at(&hidden))?;
@@ -226,13 +229,24 @@ fn report(context: &Context, document: &Value) -> Result<(), Error> {
 
 /// All there is to be seen of a disk.
 fn contents(live: &LiveDisk, disk: Disk) -> Result<Contents, Error> {
-    let table = PartitionTable::read(&disk)?;
+    let table = partitions(&disk)?;
     let (of_info, of_map) = (live.clone(), live.clone());
     Ok(Contents::from(disk)
         .with_partitions(&table)
         .with_layers(live.layers()?)
         .with_document("info.json", move |out| of_info.with_chain(|chain| info::write_document(chain, out)))
         .with_document("map.json", move |out| map::write_document(&*of_map.disk(), out)))
+}
+
+/// The partitions, without one that only stands for a GPT.
+fn partitions(disk: &Disk) -> Result<PartitionTable, Error> {
+    let mut table = PartitionTable::read(disk)?;
+    let count = table.partitions.len();
+    table.partitions.retain(|partition| partition.kind != PartitionType::Mbr(PROTECTIVE));
+    if table.partitions.len() < count && table.problems.is_empty() {
+        table.problems.push("the first sector says that there is a GPT, and there is none".to_owned());
+    }
+    Ok(table)
 }
 
 /// Takes the partition off `IMAGE:pN`, unless there is a file of that name.
