@@ -62,9 +62,9 @@ fn every_thread_of_a_machine_is_fenced_in() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     guest(folder);
-    done(folder, "create disk.vhd --size 16M");
-    for sandboxed in [true, false] {
-        let mut options = vec!["--disk", "disk.vhd", "--name", "fenced", "--cpus", "2", "--queues", "2"];
+    for (sandboxed, disk) in [(true, "one.vhd"), (false, "other.vhd")] {
+        done(folder, &format!("create {disk} --size 16M"));
+        let mut options = vec!["--disk", disk, "--name", "fenced", "--cpus", "2", "--queues", "2"];
         options.extend((!sandboxed).then_some("--no-sandbox"));
         let machine = Machine::start(folder, "do=fill sectors=16 stay=1", &options);
         // Then its disk has been written to, and has its thread that flushes.
