@@ -95,6 +95,7 @@ impl Report {
 
 fn value(value: f64, unit: Unit) -> String {
     match unit {
+        Unit::Seconds if value < 1e-4 => format!("{:.2} µs", value * 1e6),
         Unit::Seconds if value < 0.1 => format!("{:.2} ms", value * 1e3),
         Unit::Seconds => format!("{value:.3} s"),
         Unit::PerSecond => format!("{:.1} k/s", value / 1e3),

@@ -133,6 +133,7 @@ extern "C" fn main() -> ! {
             say!("a line that says nothing, again and again, for as long as somebody listens");
         },
         Some("storm") => storm(),
+        Some("requests") => requests(),
         Some("spin") => loop {
             core::hint::spin_loop();
         },
@@ -239,6 +240,17 @@ fn pair() {
         if count % 16 == 0 {
             say!("count {}", count);
         }
+    }
+}
+
+/// So many reads, all over the disk.
+fn requests() {
+    let disk = Disk::open(0, 1);
+    let mut queue = disk.queue(0);
+    let mut place = 1_u64;
+    for _ in 0..number("requests", 1000) {
+        place = place.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        expect(queue.read((place >> 20) % (disk.sectors / 8) * 8, 8), 0, "read");
     }
 }
 

@@ -179,6 +179,20 @@ fn data_may_be_in_many_pieces_and_the_header_too() {
 }
 
 #[test]
+fn a_read_into_pieces_that_share_bytes_is_done_piece_by_piece() {
+    let mut bench = Bench::new(&BlockOptions::default());
+    let bytes = pattern(1024, 7);
+    assert_eq!(bench.write(9, &bytes), OK);
+    let data = bench.ring.put(&[0xEE; 1024]);
+    // The second begins in the middle of the first, the third is the first again, in part.
+    let pieces = [(data, 300, true), (data + 200, 700, true), (data, 24, true)];
+    assert_eq!(bench.ask(kind::IN, 9, &pieces), (OK, 1025));
+    let mut expected = [&bytes[..200], &bytes[300..1000], &[0xEE; 124]].concat();
+    expected[..24].copy_from_slice(&bytes[1000..]);
+    assert_eq!(bench.ring.get(data, 1024), expected);
+}
+
+#[test]
 fn discard_and_write_zeroes_make_zeros() {
     let mut bench = Bench::new(&BlockOptions::default());
     assert_eq!(bench.write(0, &pattern(65536, 1)), OK);

@@ -9,6 +9,7 @@ mod merge;
 mod nbd;
 mod strides;
 mod threads;
+mod vmm;
 
 use std::path::PathBuf;
 
@@ -53,4 +54,6 @@ pub const CASES: &[(&str, Case)] = &[
     ("chain-open", chain::open_all),
     ("check", chain::check),
     ("threads", threads::threads),
+    ("virtio-device", vmm::device),
+    ("virtio-kvm", vmm::kvm),
 ];

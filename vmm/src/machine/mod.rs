@@ -9,7 +9,7 @@ mod state;
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,9 @@ use crate::life::{Hardware, Incident, Life, Reporter, StartError};
 use crate::loader::Boot;
 use crate::memory::Memory;
 use crate::virtio::block::{Block, BlockOptions};
+
+/// How long input waits for a port that is busy.
+const BUSY_PORT: Duration = Duration::from_millis(200);
 
 /// A disk of a machine.
 #[derive(Clone, Debug)]
@@ -180,12 +183,17 @@ impl Machine {
         self.0.shared.lock().life.as_ref()?.chosen().map(str::to_owned)
     }
 
-    /// Bytes for the guest's serial port.
+    /// Bytes for the guest's serial port. They are lost, as on a wire, when the port waits for its console.
     pub fn input(&self, bytes: &[u8]) {
-        // The port may wait for its console, and what is told to the machine must not wait for that.
-        let port = self.0.shared.lock().life.as_ref().map(Life::serial);
-        if let Some(port) = port {
-            port.lock().unwrap_or_else(PoisonError::into_inner).input(bytes);
+        // What is told to the machine must not wait for that.
+        let Some(port) = self.0.shared.lock().life.as_ref().map(Life::serial) else { return };
+        let begin = Instant::now();
+        while begin.elapsed() < BUSY_PORT {
+            match port.try_lock() {
+                Ok(mut port) => return port.input(bytes),
+                Err(TryLockError::Poisoned(port)) => return port.into_inner().input(bytes),
+                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
+            }
         }
     }
 

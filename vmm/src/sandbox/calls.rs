@@ -116,6 +116,7 @@ const CONTROL: &[c::c_long] = &[
     c::SYS_linkat,
     c::SYS_listen,
     c::SYS_lstat,
+    c::SYS_memfd_create,
     c::SYS_open,
     c::SYS_openat,
     c::SYS_openat2,

@@ -1,0 +1,173 @@
+//! What a guest's requests cost the host: the device alone, and through KVM.
+
+use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use nix::time::{ClockId, clock_gettime};
+use vhd_core::Disk;
+use vhd_core::chain::Chain;
+use vhd_testkit::rings::{Ring, kind};
+use vhd_vmm::memory::Memory;
+use vhd_vmm::virtio::block::{Block, BlockOptions, QueueOwner};
+use virtio_queue::{Queue, QueueT};
+
+use super::Place;
+use super::files::{Random, new_dynamic, open};
+use crate::measure::{Row, Sample, Subject, Unit, alternate};
+use crate::process::{run, vhd};
+
+const SIZE: u64 = 256 << 20;
+/// Where the guest's rings and the data of requests are.
+const RINGS: u64 = 1 << 20;
+const DATA: u64 = 4 << 20;
+const QUEUE_SIZE: u16 = 256;
+
+/// A driver that polls.
+struct Polling;
+
+impl QueueOwner for Polling {
+    fn stopped(&self) -> bool {
+        false
+    }
+
+    fn used(&self) {}
+}
+
+/// A device with one queue, and its driver.
+struct Device {
+    memory: Memory,
+    block: Block,
+    queue: Queue,
+    ring: Ring,
+    random: Random,
+}
+
+/// Requests of one sort.
+#[derive(Clone, Copy)]
+struct Work {
+    kind: u32,
+    bytes: u32,
+    depth: u64,
+    total: u64,
+}
+
+impl Device {
+    fn new(disk: Disk) -> Result<Self> {
+        let memory = Memory::new(16 << 20)?;
+        let block = Block::new(disk, &BlockOptions::default());
+        block.set_features(u64::MAX);
+        let ring = Ring::new(&memory, RINGS, QUEUE_SIZE);
+        let mut queue = Queue::new(QUEUE_SIZE)?;
+        queue.set_size(QUEUE_SIZE);
+        queue.set_desc_table_address(Some(ring.descriptors() as u32), None);
+        queue.set_avail_ring_address(Some(ring.available() as u32), None);
+        queue.set_used_ring_address(Some(ring.used() as u32), None);
+        queue.set_ready(true);
+        Ok(Self { memory, block, queue, ring, random: Random(3) })
+    }
+
+    /// Processor seconds of the serving thread for each request; what the driver needs does not count.
+    fn serve(&mut self, work: Work) -> Result<Sample> {
+        let mut busy = 0.0;
+        for _ in 0..work.total / work.depth {
+            let mut statuses = Vec::new();
+            for number in 0..work.depth {
+                let sector = self.random.below(SIZE / u64::from(work.bytes)) * u64::from(work.bytes) / 512;
+                let (header, status) = (self.ring.header(work.kind, sector), self.ring.put(&[0xFF]));
+                let data = DATA + number * u64::from(work.bytes);
+                let pieces = [(header, 16, false), (data, work.bytes, work.kind == kind::IN), (status, 1, true)];
+                let head = self.ring.chain(&pieces);
+                self.ring.offer(head);
+                statuses.push(status);
+            }
+            let began = processor()?;
+            self.block.serve(&self.memory, &mut self.queue, &Polling)?;
+            busy += processor()? - began;
+            if statuses.iter().any(|status| self.ring.get(*status, 1) != [0]) {
+                bail!("a request failed");
+            }
+        }
+        Ok(Sample::of(busy / work.total as f64))
+    }
+}
+
+/// Processor seconds of this thread so far.
+fn processor() -> Result<f64> {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
+    Ok(time.tv_sec() as f64 + time.tv_nsec() as f64 * 1e-9)
+}
+
+fn filled(disk: &Disk) -> Result<()> {
+    let noise = Random(1).bytes(1 << 20);
+    for mib in 0..SIZE >> 20 {
+        disk.write_at(&noise, mib << 20)?;
+    }
+    Ok(disk.flush()?)
+}
+
+/// The device alone, on a dynamic disk against a raw file.
+pub fn device(place: &Place) -> Result<Vec<Row>> {
+    let (image, raw) = (place.memory.join("device.vhd"), place.memory.join("device.img"));
+    new_dynamic(&image, SIZE, 1)?;
+    let file = OpenOptions::new().create(true).truncate(true).write(true).open(&raw)?;
+    file.set_len(SIZE)?;
+    let (dynamic, plain) = (open(&image, true)?, Disk::new(Chain::open_raw(&raw, true)?));
+    filled(&dynamic)?;
+    filled(&plain)?;
+    let (mut dynamic, mut plain) = (Device::new(dynamic)?, Device::new(plain)?);
+    let mut rows = Vec::new();
+    for (name, kind) in [("read", kind::IN), ("write", kind::OUT)] {
+        for bytes in [4096, 64 << 10] {
+            for depth in [1, 32] {
+                let total = if place.long { 4 } else { 1 } * if bytes == 4096 { 40_000 } else { 8_000 };
+                let work = Work { kind, bytes, depth, total: total / depth * depth };
+                let mut subjects = [
+                    Subject::new("raw file", || plain.serve(work)),
+                    Subject::new("dynamic disk", || dynamic.serve(work)).with_target(1.1),
+                ];
+                let case = format!("virtio-blk {name} {} KiB, depth {depth}: processor time a request", bytes >> 10);
+                rows.extend(alternate(&case, Unit::Seconds, place.rounds, &mut subjects)?);
+            }
+        }
+    }
+    std::fs::remove_file(&image)?;
+    std::fs::remove_file(&raw)?;
+    Ok(rows)
+}
+
+/// The test guest, which drives disks from ring 3.
+fn guest(folder: &Path) -> Result<PathBuf> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../vmm/guest/main.rs");
+    let built = folder.join("guest");
+    let link = "link-args=-nostartfiles -nostdlib -static -no-pie -Wl,--image-base=0x200000,-e,_start,--build-id=none";
+    let options = ["--edition", "2024", "--crate-type", "bin", "-C", "panic=abort", "-C", "opt-level=2"];
+    let mut rustc = Command::new("rustc");
+    rustc.args(options).args(["-C", "relocation-model=static", "-C", link, "-o"]).arg(&built).arg(source);
+    run(&mut rustc)?;
+    Ok(built)
+}
+
+/// Through KVM: one request at a time, each with an exit of the guest's and a thread that wakes.
+pub fn kvm(place: &Place) -> Result<Vec<Row>> {
+    let guest = guest(&place.memory)?;
+    let (fixed, dynamic) = (place.memory.join("fixed.vhd"), place.memory.join("dynamic.vhd"));
+    let program = vhd()?;
+    run(Command::new(&program).args(["create", "--size", "256M", "--type", "fixed"]).arg(&fixed))?;
+    run(Command::new(&program).args(["create", "--size", "256M"]).arg(&dynamic))?;
+    for image in [&fixed, &dynamic] {
+        filled(&open(image, true)?)?;
+    }
+    let machine = |image: &Path, requests: u64| -> Result<f64> {
+        let mut command = Command::new(&program);
+        command.arg("run").arg("--kernel").arg(&guest).args(["--memory", "16M", "--append"]);
+        command.arg(format!("do=requests requests={requests}")).arg("--disk").arg(image);
+        run(&mut command)?.cpu.context("no processor time")
+    };
+    let total = 10_000;
+    // What the machine costs without requests is no cost of theirs.
+    let cost = |image: &Path| Ok(Sample::of((machine(image, total)? - machine(image, 0)?) / total as f64));
+    let mut subjects = [Subject::new("fixed disk", || cost(&fixed)), Subject::new("dynamic disk", || cost(&dynamic))];
+    alternate("through KVM, read 4 KiB, depth 1: processor time a request", Unit::Seconds, place.rounds, &mut subjects)
+}
