@@ -11,6 +11,7 @@ mod support;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::slice::from_ref;
 
 use vhd_core::LiveDisk;
 use vhd_testkit::fixture::Kind;
@@ -312,7 +313,7 @@ fn debians_grub_menu_is_followed_on_whole_disks_and_on_both_partition_tables() {
     let line = format!("root=UUID={ROOT_UUID} ro quiet");
     for kind in ["ext2", "ext3", "ext4"] {
         let system = files.ext(kind, ROOT_UUID);
-        for made in [whole(&system), partitioned("dos", &[system.clone()]), partitioned("gpt", &[system.clone()])] {
+        for made in [whole(&system), partitioned("dos", from_ref(&system)), partitioned("gpt", from_ref(&system))] {
             let found = made.find().unwrap();
             expect(&found, "kernel 42", "initrd 42", &line);
             assert!(found.title.starts_with("'Debian GNU/Linux' (/boot/vmlinuz-6.1.0-42-amd64"), "{}", found.title);

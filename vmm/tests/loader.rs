@@ -171,7 +171,7 @@ fn an_elf_file_that_is_broken_is_refused_with_what_is_wrong() {
         (first + 40, &[0xFF; 8], "with 18446744073709551615 bytes"),
         (first + 40, &[0, 0, 0, 1, 0, 0, 0, 0], "with 16777216 bytes, which is not between"),
         (first + 8, &[0xFF; 8], "is cut: segment"),
-        (other + 24, &elf[first + 24..first + 32].to_vec(), "has two segments for one place"),
+        (other + 24, &elf[first + 24..first + 32], "has two segments for one place"),
     ] {
         let why = changed(at, value);
         assert!(why.contains(wanted), "{at}: {why}");
