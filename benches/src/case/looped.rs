@@ -14,7 +14,7 @@ use crate::process::{Server, output, run, shell, vhd};
 
 const SIZE: u64 = 3 << 30;
 /// Transactions of the load that syncs after each.
-const TRANSACTIONS: u32 = 300;
+const TRANSACTIONS: u32 = 100;
 
 /// A file system that is mounted from a file.
 struct Looped {
