@@ -51,7 +51,7 @@ impl Served {
 
     /// A read through the page cache, of which nothing is there at first; seconds for all of it.
     fn cold(&self, mib: u64) -> Result<Sample> {
-        let part = if self.is_slow { 16 } else { 1 };
+        let part = if self.is_slow { 64 } else { 1 };
         let file = self.file.display();
         shell(&format!("dd if={file} iflag=nocache count=0 status=none"))?;
         let before = self.server.cpu()?;

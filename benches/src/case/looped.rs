@@ -14,7 +14,7 @@ use crate::process::{Server, output, run, shell, vhd};
 
 const SIZE: u64 = 3 << 30;
 /// Transactions of the load that syncs after each.
-const TRANSACTIONS: u32 = 300;
+const TRANSACTIONS: u32 = 100;
 
 /// A file system that is mounted from a file.
 struct Looped {
@@ -26,7 +26,8 @@ struct Looped {
 impl Looped {
     fn new(name: &'static str, file: &Path, folder: PathBuf) -> Result<Self> {
         std::fs::create_dir_all(&folder)?;
-        let device = output("losetup", &["--find", "--show", &file.to_string_lossy()])?.trim().to_owned();
+        // As `vhd mount --fs` has it.
+        let device = output("losetup", &["--find", "--show", "--direct-io=on", &file.to_string_lossy()])?.trim().to_owned();
         // From here on the drop gives everything back.
         let looped = Self { name, device, folder };
         // All of it now, so that nothing is left to the background.
@@ -100,44 +101,51 @@ fn script(folder: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
+type Work<'a> = (&'a str, Unit, &'a dyn Fn(&Looped) -> Result<Sample>);
+
 pub fn file_systems(place: &Place) -> Result<Vec<Row>> {
-    let (raw, image) = (place.disk.join("loop.img"), place.disk.join("loop.vhd"));
+    let (archive, script) = (archive(&place.memory)?, script(&place.memory)?);
+    let seconds = place.seconds();
+    let costs: [Work<'_>; 3] = [
+        ("random read 4 KiB, depth 32, memory", Unit::PerSecond, &|one| one.fio("randread", seconds)),
+        ("random write 4 KiB, depth 32, memory", Unit::PerSecond, &|one| one.fio("randwrite", seconds)),
+        ("untar 3000 files, synced, memory", Unit::Seconds, &|one| one.untar(&archive)),
+    ];
+    let syncs: [Work<'_>; 1] = [("sqlite, a sync for each transaction, disk", Unit::Seconds, &|one| one.transactions(&script))];
+    let mut rows = over_both(&place.memory, &costs, place.rounds)?;
+    rows.extend(over_both(&place.disk, &syncs, place.rounds)?);
+    Ok(rows)
+}
+
+/// The same work on a raw file and on an image, both empty, in a folder.
+fn over_both(folder: &Path, works: &[Work<'_>], rounds: usize) -> Result<Vec<Row>> {
+    let (raw, image, mounted) = (folder.join("loop.img"), folder.join("loop.vhd"), folder.join("mounted"));
     File::create(&raw)?.set_len(SIZE)?;
     new_dynamic(&image, SIZE, 1)?;
-    let (archive, script) = (archive(&place.memory)?, script(&place.memory)?);
-    let mounted = place.disk.join("mounted");
     std::fs::create_dir_all(&mounted)?;
     let mut command = Command::new(vhd()?);
     command.args(["mount", "--foreground"]).arg(&image).arg(&mounted);
     let server = Server::start(&mut command, &mounted.join("disk.raw"))?;
-    let measured = in_loops(place, &raw, &mounted.join("disk.raw"), &archive, &script);
+    let measured = in_loops(folder, [&raw, &mounted.join("disk.raw")], works, rounds);
     let _ = Command::new("umount").arg("-l").arg(&mounted).status();
     drop(server);
-    for path in [raw, image, archive, script] {
+    for path in [raw, image] {
         let _ = std::fs::remove_file(path);
     }
     measured
 }
 
-fn in_loops(place: &Place, raw: &Path, own: &Path, archive: &Path, script: &Path) -> Result<Vec<Row>> {
+fn in_loops(folder: &Path, files: [&Path; 2], works: &[Work<'_>], rounds: usize) -> Result<Vec<Row>> {
     let both = [
-        Looped::new("loop over the raw file", raw, place.disk.join("in-raw"))?,
-        Looped::new("loop over the mount's disk.raw", own, place.disk.join("in-vhd"))?,
-    ];
-    type Work<'a> = &'a dyn Fn(&Looped) -> Result<Sample>;
-    let seconds = place.seconds();
-    let works: [(&str, Unit, Work<'_>); 4] = [
-        ("random read 4 KiB, depth 32", Unit::PerSecond, &|one| one.fio("randread", seconds)),
-        ("random write 4 KiB, depth 32", Unit::PerSecond, &|one| one.fio("randwrite", seconds)),
-        ("untar 3000 files, synced", Unit::Seconds, &|one| one.untar(archive)),
-        ("sqlite, a sync after each transaction", Unit::Seconds, &|one| one.transactions(script)),
+        Looped::new("loop over the raw file", files[0], folder.join("in-raw"))?,
+        Looped::new("loop over the mount's disk.raw", files[1], folder.join("in-vhd"))?,
     ];
     let mut rows = Vec::new();
     for (work, unit, run) in works {
-        let target = if unit == Unit::Seconds { 1.0 / 0.7 } else { 0.7 };
+        let target = if *unit == Unit::Seconds { 1.0 / 0.7 } else { 0.7 };
         let mut subjects =
             [Subject::new(both[0].name, || run(&both[0])), Subject::new(both[1].name, || run(&both[1])).with_target(target)];
-        rows.extend(alternate(&format!("ext4 in a loop device: {work}"), unit, place.rounds, &mut subjects)?);
+        rows.extend(alternate(&format!("ext4 in a loop device: {work}"), *unit, rounds, &mut subjects)?);
     }
     Ok(rows)
 }
