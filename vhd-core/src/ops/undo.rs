@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use super::merge::{self, MergeOptions};
+use super::saved_state;
 use crate::block::BlockDevice;
 use crate::chain::{Chain, ChainOptions, ChildOptions, UndoMember, UndoSession, create_child, find_children, uuid_of_file};
 use crate::error::{Error, ErrorKind, Result};
@@ -153,6 +154,10 @@ pub fn discard(images: &[PathBuf], dir: Option<&Path>, force: bool, chain: &Chai
         let uuid = uuid_of_file(&member.undo)?.unwrap_or_default();
         if let Some(child) = find_children(&member.undo, uuid).first().filter(|_| !force) {
             let message = format!("is the parent of {}: use --force if that may be lost", child.display());
+            return Err(Error::new(ErrorKind::Refused, message).at(&member.undo));
+        }
+        if !force && matches!(saved_state::of(&member.undo, chain), Ok(true)) {
+            let message = "a saved state of a virtual machine relies on it; restore or discard that, or use --force";
             return Err(Error::new(ErrorKind::Refused, message).at(&member.undo));
         }
         held.push((member.undo.clone(), file));
