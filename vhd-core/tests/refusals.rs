@@ -126,6 +126,13 @@ fn an_undo_disk_that_a_saved_state_relies_on_is_discarded_by_force_alone() {
     }
     undo::discard(&images, None, true, &options(true)).unwrap();
     assert!(!undo_disk.exists());
+    // Nor is a session begun over a disk that one relies on.
+    saved_state::set(&images[0], true, &options(true)).unwrap();
+    let error = undo::start(&images, None, &options(false)).unwrap_err();
+    assert!(error.kind() == ErrorKind::Refused && !undo_disk.exists(), "{error}");
+    let mut forced = options(false);
+    forced.image.force = true;
+    undo::start(&images, None, &forced).unwrap();
 }
 
 #[test]

@@ -211,7 +211,10 @@ fn no_bytes_make_it_panic() {
     for round in 0..2000 {
         let mut bytes = samples[round % 2].clone();
         for _ in 0..1 + next(4) {
-            let at = next(bytes.len());
+            let at = next(bytes.len().max(1));
+            if bytes.is_empty() {
+                break;
+            }
             match next(4) {
                 0 => bytes[at] = next(256) as u8,
                 1 => drop(bytes.drain(at..(at + 1 + next(40)).min(bytes.len()))),

@@ -19,6 +19,8 @@ use crate::intent::{self, Merge};
 use crate::progress::Progress;
 use crate::storage::{FileStorage, LockMode, folder_of};
 
+const RELIED_ON: &str = "a saved state of a virtual machine relies on it; restore or discard that, or use --force";
+
 /// What is known of the undo disk of one image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
@@ -53,7 +55,12 @@ pub fn start(images: &[PathBuf], dir: Option<&Path>, chain: &ChainOptions) -> Re
             return Err(Error::new(ErrorKind::InvalidInput, "would be the undo disk of two images").at(&undo));
         }
         // All that can be in the way of one is found before the first is made.
-        Chain::open(&image, &read_only(chain))?;
+        let opened = Chain::open(&image, &read_only(chain))?;
+        let noted = opened.layers()[0].image().is_some_and(|image| image.footer().saved_state());
+        if noted && !chain.image.force {
+            // With a child it could not be gone on from.
+            return Err(Error::new(ErrorKind::Refused, RELIED_ON).at(&image));
+        }
         members.push(UndoMember { image, undo });
     }
     let session = UndoSession { id: Uuid::new_v4(), members };
@@ -157,8 +164,7 @@ pub fn discard(images: &[PathBuf], dir: Option<&Path>, force: bool, chain: &Chai
             return Err(Error::new(ErrorKind::Refused, message).at(&member.undo));
         }
         if !force && matches!(saved_state::of(&member.undo, chain), Ok(true)) {
-            let message = "a saved state of a virtual machine relies on it; restore or discard that, or use --force";
-            return Err(Error::new(ErrorKind::Refused, message).at(&member.undo));
+            return Err(Error::new(ErrorKind::Refused, RELIED_ON).at(&member.undo));
         }
         held.push((member.undo.clone(), file));
     }

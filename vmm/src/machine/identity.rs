@@ -37,7 +37,8 @@ fn layer_of(layer: &Layer) -> Result<LayerIdentity, Error> {
     // A fixed disk has no metadata at its start; its footer is where the file ends.
     let is_sparse = footer.is_some_and(|footer| footer.disk_type() != DiskType::Fixed);
     let end = found.len();
-    let range = if is_sparse { 0..METADATA.min(end) } else { end.saturating_sub(512)..end };
+    // Of two footers one is enough.
+    let range = if is_sparse { 0..METADATA.min(end.saturating_sub(512)) } else { end.saturating_sub(512)..end };
     let mut bytes = vec![0; (range.end - range.start) as usize];
     FileStorage::open(path, false)?.read_at(&mut bytes, range.start).map_err(failed)?;
     if bytes.starts_with(b"conectix") && bytes.len() > SAVED_STATE {

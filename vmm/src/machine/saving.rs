@@ -31,8 +31,8 @@ impl Shared {
         let Some(life) = &inner.life else { return Ok(()) };
         life.pause();
         let written = identity::settle(&self.definition.disks).and_then(|identities| life.save(file, identities));
-        let saved = written.and_then(|()| note(&self.definition.disks, true).inspect_err(|_| self.forget(file)));
-        if let Err(error) = saved {
+        if let Err(error) = written.and_then(|()| note(&self.definition.disks, true)) {
+            self.forget(file);
             if inner.state == State::Running {
                 life.resume();
             }
@@ -45,15 +45,16 @@ impl Shared {
         Ok(())
     }
 
-    /// Takes back what a save that failed has done.
+    /// Takes back what a save that failed has done. The disks, which it closed, are opened again.
     fn forget(&self, file: &Path) {
         for disk in &self.definition.disks {
             if let Err(error) = disk.live.set_saved_state(false) {
                 tracing::warn!("{error}");
             }
         }
-        if let Err(error) = remove(file) {
-            tracing::warn!("{error}");
+        match remove(file) {
+            Err(error) if error.kind() != ErrorKind::NotFound => tracing::warn!("{error}"),
+            _ => {}
         }
     }
 

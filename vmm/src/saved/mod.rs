@@ -91,7 +91,8 @@ fn write_section(to: &mut impl Write, tag: [u8; 4], content: &[u8]) -> io::Resul
 pub fn write(path: &Path, state: &SavedState, memory: &Memory) -> Result<(), Error> {
     let failed = |error: io::Error| Error::io(error, "the state can't be written").at(path);
     let folder = vhd_core::storage::folder_of(path);
-    let passing = folder.join(format!(".{}.passing", std::process::id()));
+    // One name, so that what a killed process left is not there for ever.
+    let passing = folder.join(format!(".{}.passing", path.file_name().unwrap_or_default().to_string_lossy()));
     let written = (|| {
         let mut file = BufWriter::new(File::create(&passing)?);
         file.write_all(&MAGIC)?;
