@@ -65,7 +65,12 @@ fn policy(from: &Element, name: &str) -> Read<Policy> {
 }
 
 fn path(from: &Element, way: &[&str], folder: &Path) -> Read<PathBuf> {
-    value(from, way, "a path", |text| Some(folder.join(text)))
+    value(from, way, "a path", |text| Some(inside(folder, text)))
+}
+
+/// A path from a folder on, as one would type it.
+fn inside(folder: &Path, text: &str) -> PathBuf {
+    if folder == Path::new(".") { text.into() } else { folder.join(text) }
 }
 
 /// What a document says; its paths begin at `folder`.
@@ -245,7 +250,7 @@ impl Serial {
         match text {
             "stdio" => Some(Self::Stdio),
             "none" => Some(Self::None),
-            _ => text.strip_prefix("unix:").filter(|path| !path.is_empty()).map(|path| Self::Unix(folder.join(path))),
+            _ => text.strip_prefix("unix:").filter(|path| !path.is_empty()).map(|path| Self::Unix(inside(folder, path))),
         }
     }
 
