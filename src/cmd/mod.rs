@@ -11,6 +11,7 @@ mod ctl;
 mod diff;
 mod in_place;
 mod info;
+mod machine;
 mod map;
 mod merge;
 mod mount;

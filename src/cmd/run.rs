@@ -5,81 +5,56 @@ mod terminal;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
+use vhd_core::chain::LinkedDisk;
+use vhd_core::image::{Image, OpenOptions};
 use vhd_core::ops::undo;
-use vhd_core::storage::folder_of;
+use vhd_core::storage::{FileStorage, folder_of};
 use vhd_core::{Error, ErrorKind, LiveDisk, Progress};
 use vhd_service::control::Control;
 use vhd_service::events::Events;
+use vhd_vmm::config::{AtEnd, Config, DiskConfig, Serial};
 use vhd_vmm::loader::Boot;
-use vhd_vmm::machine::{Command, Definition, Machine, MachineDisk, SharedConsole, State, run_at_events, socket_of};
+use vhd_vmm::machine::{
+    Command, Definition, Machine, MachineDisk, SerialSocket, SerialWriter, SharedConsole, State, discard_state, run_at_events,
+    socket_of,
+};
 use vhd_vmm::sandbox::{self, Access, Files};
 use vhd_vmm::virtio::block::{BlockOptions, Geometry, Policies, Policy};
 
 use super::ChainArgs;
+use super::machine::{MachineArgs, Plan};
 use crate::output::{Answer, Context};
-use crate::sizes;
 
 /// How often it is looked whether the machine is to end.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
+/// The kernel's command line where nothing is said.
+const COMMAND_LINE: &str = "console=ttyS0 panic=-1";
+/// Bytes of memory where nothing is said.
+pub const MEMORY: u64 = 512 << 20;
+/// Free bytes below which there is a warning, where nothing is said.
+const LOW_SPACE: u64 = 64 << 20;
+
 /// Arguments of `vhd run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// The kernel: an ELF file or a bzImage; without it, the one that is installed on the first disk, as its boot menu says
-    #[arg(long, value_name = "FILE")]
-    kernel: Option<PathBuf>,
-    /// The initial RAM disk
-    #[arg(long, value_name = "FILE")]
-    initrd: Option<PathBuf>,
-    /// The kernel's command line; added to that of the boot menu without --kernel
-    #[arg(long, value_name = "LINE", default_value = "console=ttyS0 panic=-1")]
-    append: String,
-    /// A disk; may be given more than once, the guest finds them in this order
-    #[arg(long = "disk", value_name = "IMAGE")]
-    disks: Vec<PathBuf>,
-    /// Memory
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = sizes::parse)]
-    memory: u64,
-    /// CPUs, 1 to 8
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    cpus: u8,
-    /// The machine's name; that of the first disk by default
+    /// A configuration, or the name of one that vhd vm create made; options say otherwise for this run
+    #[arg(value_name = "CONFIG.vmc|NAME")]
+    config: Option<String>,
+    #[command(flatten)]
+    machine: MachineArgs,
+    /// The machine's name; that of its configuration or of the first disk by default
     #[arg(long)]
     name: Option<String>,
-    /// Queues of each disk
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
-    queues: u16,
-    /// Refuse all writes to the disks
+    /// Forget a saved state, and begin anew
     #[arg(long)]
-    read_only: bool,
-    /// Keep what is written apart, on an undo disk for each disk, all as one
-    #[arg(long, conflicts_with = "read_only")]
-    undo: bool,
-    /// What becomes of the undo disks at the end; asked on a terminal, else kept
-    #[arg(long, value_name = "WHAT", requires = "undo")]
-    at_end: Option<AtEnd>,
-    /// When a disk fails: tell the guest, or pause the machine
-    #[arg(long, value_name = "POLICY", default_value = "report")]
-    on_error: OnFailure,
-    /// When the host's volume is full: tell the guest, or pause the machine until there is room
-    #[arg(long, value_name = "POLICY", default_value = "pause")]
-    on_no_space: OnFailure,
-    /// Warn when fewer bytes are free on a disk's volume, and pause when a quarter of them is left; 0 for neither
-    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = sizes::parse)]
-    low_space: u64,
-    /// Where the guest goes when it is saved, and where it goes on from when there is such a file; NAME.vsv beside the first
-    /// disk by default
-    #[arg(long, value_name = "FILE")]
-    state: Option<PathBuf>,
-    /// A script to run at each event, with the machine's name, the event and a message
-    #[arg(long, value_name = "SCRIPT")]
-    on_event: Option<PathBuf>,
+    discard_state: bool,
     /// Write even if a saved state or a child relies on a disk
     #[arg(long)]
     force: bool,
@@ -90,104 +65,118 @@ pub struct RunArgs {
     open: ChainArgs,
 }
 
-/// What becomes of undo disks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum AtEnd {
-    /// Move what was written into the disks
-    Commit,
-    /// Throw it away
-    Discard,
-    /// Leave the undo disks: the next run goes on with them
-    Keep,
-}
-
-/// What is done about a failure.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum OnFailure {
-    Report,
-    Pause,
-}
-
-impl From<OnFailure> for Policy {
-    fn from(policy: OnFailure) -> Self {
-        match policy {
-            OnFailure::Report => Self::Report,
-            OnFailure::Pause => Self::Pause,
+impl RunArgs {
+    pub fn run(&self, context: &Context) -> Result<Answer, Error> {
+        let mut plan = match &self.config {
+            Some(config) => Plan::of(config, context)?,
+            None => Plan { name: String::new(), config: Config::default(), file: None },
+        };
+        self.machine.apply(&mut plan.config)?;
+        if let Some(name) = &self.name {
+            plan.name.clone_from(name);
+        } else if plan.name.is_empty() {
+            let from_disk = plan.config.disks.first().and_then(|disk| disk.image.file_stem());
+            plan.name = from_disk.map_or_else(|| "vm".to_owned(), |stem| stem.to_string_lossy().into_owned());
         }
+        let run = Run { plan: &plan, open: &self.open, force: self.force, no_sandbox: self.no_sandbox };
+        if self.discard_state && plan.state_file().exists() {
+            run.discard_state(context)?;
+        }
+        run.run(context)
     }
 }
 
-impl RunArgs {
+/// One run of a machine.
+pub struct Run<'a> {
+    pub plan: &'a Plan,
+    pub open: &'a ChainArgs,
+    pub force: bool,
+    pub no_sandbox: bool,
+}
+
+impl Run<'_> {
+    /// From the start, or from the saved state, to the end.
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         let stop = stop_signals()?;
-        let name = self.name();
-        let socket = socket_of(&name)?;
+        let name = &self.plan.name;
+        let socket = socket_of(name)?;
         let disks = self.open_disks(context)?;
-        let state = self.live(&name, &socket, disks, &stop, context)?;
+        let state = self.live(&socket, disks, &stop, context)?;
         // The disks are closed now. A guest that was saved needs its undo disks to go on.
         if state != State::Saved {
             self.end_undo(context)?;
         }
         if let State::Faulted(why) = state {
-            return Err(Error::new(ErrorKind::Io, format!("the guest can't go on: {why}")).at(Path::new(&name)));
+            return Err(Error::new(ErrorKind::Io, format!("the guest can't go on: {why}")).at(Path::new(name)));
         }
         Ok(Answer::Yes)
     }
 
-    fn name(&self) -> String {
-        let from_disk = || Some(self.disks.first()?.file_stem()?.to_string_lossy().into_owned());
-        self.name.clone().or_else(from_disk).unwrap_or_else(|| "vm".to_owned())
+    /// Forgets the saved guest.
+    pub fn discard_state(&self, context: &Context) -> Result<(), Error> {
+        let leaves = self.plan.config.disks.iter().filter(|disk| !disk.read_only.unwrap_or(false));
+        let leaves = leaves.map(|disk| self.plan.leaf(disk)).collect::<Result<Vec<_>, _>>()?;
+        let file = self.plan.state_file();
+        let notes = discard_state(&file, &leaves, &self.open.options(true, self.force), self.force)?;
+        notes.iter().for_each(|note| context.note(&note.to_string()));
+        Ok(())
     }
 
-    fn state_file(&self, name: &str) -> PathBuf {
-        let folder = self.disks.first().map_or(Path::new("."), |disk| folder_of(disk));
-        self.state.clone().unwrap_or_else(|| folder.join(format!("{name}.vsv")))
+    fn boot(&self) -> Boot {
+        let config = &self.plan.config;
+        let command_line = config.append.clone().unwrap_or_else(|| COMMAND_LINE.to_owned());
+        Boot { kernel: config.kernel.clone(), initrd: config.initrd.clone(), command_line }
     }
 
     /// The machine, until it is off. Returns its last state.
-    fn live(
-        &self,
-        name: &str,
-        socket: &Path,
-        disks: Vec<MachineDisk>,
-        stop: &AtomicBool,
-        context: &Context,
-    ) -> Result<State, Error> {
-        let boot = Boot { kernel: self.kernel.clone(), initrd: self.initrd.clone(), command_line: self.append.clone() };
+    fn live(&self, socket: &Path, disks: Vec<MachineDisk>, stop: &AtomicBool, context: &Context) -> Result<State, Error> {
+        let config = &self.plan.config;
         let definition = Definition {
-            name: name.to_owned(),
-            cpus: self.cpus,
-            memory: self.memory,
-            boot,
+            name: self.plan.name.clone(),
+            cpus: config.cpus.unwrap_or(1),
+            memory: config.memory.unwrap_or(MEMORY),
+            boot: self.boot(),
             disks,
-            low_space: self.low_space,
-            state_file: Some(self.state_file(name)),
+            low_space: config.low_space.unwrap_or(LOW_SPACE),
+            state_file: Some(self.plan.state_file()),
+            config_file: self.plan.file.clone(),
             sandbox: !self.no_sandbox,
         };
         let events = Events::default();
-        let hook = self.on_event.as_deref().map(|script| run_at_events(script, &events)).transpose()?;
+        let hook = config.on_event.as_deref().map(|script| run_at_events(script, &events)).transpose()?;
         if !self.no_sandbox
             && let Some(note) = sandbox::confine(&self.files(&definition, socket)?)?
         {
             context.note(note);
         }
-        // Unbuffered: what the guest says is seen at once, and a reader that does not read stops the guest alone.
-        let stdout = io::stdout().as_fd().try_clone_to_owned().map_err(|error| Error::io(error, "stdout can't be written"))?;
-        let machine = Machine::new(definition, SharedConsole::new(File::from(stdout)), events.clone())?;
+        let serial = SerialWriter::default();
+        let console = match &config.serial {
+            None | Some(Serial::Stdio) => SharedConsole::new(unbuffered_stdout()?),
+            Some(Serial::None) => SharedConsole::new(io::sink()),
+            Some(Serial::Unix(_)) => SharedConsole::new(serial.clone()),
+        };
+        let machine = Machine::new(definition, console, events.clone())?;
         let control = Control::bind(socket, Arc::new(machine.clone()))?;
+        let port = match &config.serial {
+            Some(Serial::Unix(path)) => Some(SerialSocket::serve(path, machine.clone(), serial)?),
+            _ => None,
+        };
         // A guest that was saved goes on; to begin anew, its state must be discarded.
         let begin = if machine.state() == State::Saved { Command::Restore } else { Command::Start };
         machine.command(begin)?;
         if let Some(chosen) = machine.chosen_kernel() {
             context.note(&chosen);
         }
-        let terminal = terminal::Terminal::attach(machine.clone())?;
-        let state = wait(&machine, stop, &terminal);
+        let terminal = match &config.serial {
+            None | Some(Serial::Stdio) => Some(terminal::Terminal::attach(machine.clone())?),
+            _ => None,
+        };
+        let state = wait(&machine, stop, || terminal.as_ref().is_some_and(terminal::Terminal::wants_to_end));
         drop((terminal, control));
         if let State::Running | State::Paused(_) | State::Faulted(_) = state {
             machine.command(Command::Off)?;
         }
-        drop((machine, events));
+        drop((port, machine, events));
         if let Some(hook) = hook {
             let _ = hook.join();
         }
@@ -197,61 +186,73 @@ impl RunArgs {
     /// What the machine needs of the host's files from now on.
     fn files(&self, definition: &Definition, socket: &Path) -> Result<Files, Error> {
         let mut files = Files::default();
-        for disk in &definition.disks {
+        for (disk, config) in definition.disks.iter().zip(&self.plan.config.disks) {
+            let written = self.writes(config);
             let images = disk.live.with_chain(|chain| {
                 let layers = chain.layers().iter().enumerate();
-                Ok(layers.map(|(depth, layer)| (layer.path().to_owned(), depth == 0 && !self.read_only)).collect::<Vec<_>>())
+                Ok(layers.map(|(depth, layer)| (layer.path().to_owned(), depth == 0 && written)).collect::<Vec<_>>())
             })?;
             images.iter().for_each(|(image, writable)| files.add_image(image, *writable));
         }
         // What an undo disk is committed to.
-        self.disks.iter().filter(|_| self.undo).for_each(|image| files.add_image(image, true));
+        self.plan.with_undo().iter().for_each(|image| files.add_image(image, true));
         let boot = &definition.boot;
         boot.initrd.iter().chain(&boot.kernel).for_each(|file| files.add(file, Access::Read));
-        files.add(folder_of(&self.state_file(&definition.name)), Access::Write);
+        files.add(folder_of(&self.plan.state_file()), Access::Write);
+        // A snapshot changes what it says.
+        definition.config_file.iter().for_each(|file| files.add(folder_of(file), Access::Write));
         files.add(folder_of(socket), Access::Sockets);
+        if let Some(Serial::Unix(path)) = &self.plan.config.serial {
+            files.add(folder_of(path), Access::Sockets);
+        }
         files.add(Path::new("/dev/kvm"), Access::Device);
         Ok(files)
     }
 
     fn open_disks(&self, context: &Context) -> Result<Vec<MachineDisk>, Error> {
-        let mut images = self.disks.clone();
-        if self.undo {
-            let undo_disks = images.iter().map(|image| undo::undo_of(image, None)).collect::<Result<Vec<_>, _>>()?;
-            // A session that was kept goes on.
-            if !undo_disks.iter().all(|undo| undo.exists()) {
-                let (_, notes) = undo::start(&images, None, &self.open.options(false, self.force))?;
-                notes.iter().for_each(|note| context.note(note));
-            }
-            images = undo_disks;
+        self.plan.config.disks.iter().try_for_each(|disk| refuse_linked(&disk.image))?;
+        let images = self.plan.with_undo();
+        let undo_disks = images.iter().map(|image| undo::undo_of(image, None)).collect::<Result<Vec<_>, _>>()?;
+        // A session that was kept goes on.
+        if !undo_disks.iter().all(|undo| undo.exists()) {
+            let (_, notes) = undo::start(&images, None, &self.open.options(false, self.force))?;
+            notes.iter().for_each(|note| context.note(note));
         }
-        images.iter().map(|image| self.open_disk(image)).collect()
+        self.plan.config.disks.iter().map(|disk| self.open_disk(disk)).collect()
     }
 
-    fn open_disk(&self, image: &Path) -> Result<MachineDisk, Error> {
-        // What is tolerated is not written to.
-        let writable = !self.read_only && !self.open.tolerant;
-        let live = LiveDisk::open(image, &self.open.options(writable, self.force))?;
+    /// Whether a disk is written to. What is tolerated is not.
+    fn writes(&self, config: &DiskConfig) -> bool {
+        !config.read_only.unwrap_or(false) && !self.open.tolerant
+    }
+
+    fn open_disk(&self, config: &DiskConfig) -> Result<MachineDisk, Error> {
+        let mut options = self.open.options(self.writes(config), self.force);
+        // A disk that waits for this machine's saved guest is not refused to it.
+        options.image.owns_saved_state = self.plan.state_file().exists();
+        let live = LiveDisk::open(&self.plan.leaf(config)?, &options)?;
         let footer = live.with_chain(|chain| Ok(chain.layers()[0].image().map(|image| image.footer().clone())))?;
         let geometry = footer.as_ref().map(|footer| {
             let geometry = footer.geometry();
             Geometry { cylinders: geometry.cylinders, heads: geometry.heads, sectors: geometry.sectors }
         });
-        let serial = footer.map_or_else(String::new, |footer| {
-            let uuid = uuid::Uuid::from_bytes(footer.uuid()).simple().to_string();
-            uuid[..20].to_owned()
-        });
-        let policies = Policies { on_error: self.on_error.into(), on_no_space: self.on_no_space.into() };
-        let options = BlockOptions { serial, queues: self.queues, read_only: !writable, geometry, policies };
+        let uuid = footer.map(|footer| uuid::Uuid::from_bytes(footer.uuid()).simple().to_string());
+        let serial = config.serial_number.clone().or_else(|| Some(uuid?[..20].to_owned())).unwrap_or_default();
+        let policies = Policies {
+            on_error: config.on_error.unwrap_or(Policy::Report),
+            on_no_space: config.on_no_space.unwrap_or(Policy::Pause),
+        };
+        let options = BlockOptions { serial, queues: config.queues.unwrap_or(1), read_only: !writable, geometry, policies };
         Ok(MachineDisk { live, options })
     }
 
     /// Does with the undo disks what the user says.
     fn end_undo(&self, context: &Context) -> Result<(), Error> {
-        if !self.undo || self.disks.is_empty() {
+        let images = self.plan.with_undo();
+        if images.is_empty() {
             return Ok(());
         }
-        let what = match self.at_end {
+        let what = match self.plan.config.at_end {
             Some(what) => what,
             None if io::stdin().is_terminal() => ask()?,
             None => AtEnd::Keep,
@@ -259,9 +260,9 @@ impl RunArgs {
         let chain = self.open.options(true, self.force);
         match what {
             AtEnd::Keep => context.note("what was written is kept on undo disks; vhd undo commit or discard ends that"),
-            AtEnd::Discard => drop(undo::discard(&self.disks, None, self.force, &chain)?),
+            AtEnd::Discard => drop(undo::discard(&images, None, self.force, &chain)?),
             AtEnd::Commit => {
-                let commit = |progress: &Progress| undo::commit(&self.disks, None, self.force, &chain, progress);
+                let commit = |progress: &Progress| undo::commit(&images, None, self.force, &chain, progress);
                 context.with_progress("committing", commit)?;
             }
         }
@@ -269,12 +270,29 @@ impl RunArgs {
     }
 }
 
+/// A linked disk is there to be converted: a guest must not depend on a device that someone else may be writing to.
+fn refuse_linked(image: &Path) -> Result<(), Error> {
+    // What can't be opened is said by whoever opens it.
+    let opened = FileStorage::open(image, false)
+        .and_then(|file| Image::open(Arc::new(file), image, &OpenOptions { tolerant: true, ..OpenOptions::default() }));
+    let Ok(opened) = opened else { return Ok(()) };
+    match LinkedDisk::of(&opened)? {
+        None => Ok(()),
+        Some(linked) => {
+            let path = linked.path.display();
+            let message =
+                format!("is linked to {path}, and no machine starts with a linked disk: vhd convert makes an image of it");
+            Err(Error::new(ErrorKind::Refused, message).at(image))
+        }
+    }
+}
+
 /// Waits until the machine is off, the user or a signal says so, or it can't go on and nobody could tell it to.
-fn wait(machine: &Machine, stop: &AtomicBool, terminal: &terminal::Terminal) -> State {
+fn wait(machine: &Machine, stop: &AtomicBool, wants_to_end: impl Fn() -> bool) -> State {
     loop {
         let state = machine.wait(LOOK_EVERY, |state| matches!(state, State::Off | State::Saved | State::Faulted(_)));
         let over = matches!(state, State::Off | State::Saved | State::Faulted(_));
-        if over || stop.load(Ordering::SeqCst) || terminal.wants_to_end() {
+        if over || stop.load(Ordering::SeqCst) || wants_to_end() {
             return state;
         }
     }
@@ -303,4 +321,10 @@ fn ask() -> Result<AtEnd, Error> {
             _ => {}
         }
     }
+}
+
+/// What the guest says is seen at once, and a reader that does not read stops the guest alone.
+fn unbuffered_stdout() -> Result<File, Error> {
+    let stdout = io::stdout().as_fd().try_clone_to_owned();
+    Ok(File::from(stdout.map_err(|error| Error::io(error, "stdout can't be written"))?))
 }

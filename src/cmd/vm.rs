@@ -7,8 +7,12 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use vhd_core::{Error, ErrorKind};
 use vhd_service::control::{Request, call};
+use vhd_vmm::config::{Config, ConfigFile, configured, file_of, name_of};
 use vhd_vmm::machine::{running, socket_of};
 
+use super::ChainArgs;
+use super::machine::{MachineArgs, Plan};
+use super::run::{MEMORY, Run};
 use crate::output::{Answer, Context};
 use crate::sizes;
 
@@ -21,7 +25,11 @@ pub struct VmArgs {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// List the machines that have a process
+    /// Make the configuration of a machine
+    Create(CreateArgs),
+    /// Change it; what it says beyond is kept. A machine that runs is what it was until it is started anew
+    Set(SetArgs),
+    /// List the machines that have a process or a configuration in the user's folder
     List,
     /// Say what a machine is and how it is with it
     Show(NameArgs),
@@ -31,34 +39,76 @@ enum Action {
     Resume(NameArgs),
     /// Turn it off and on, as by its button
     Reset(NameArgs),
+    /// Ask the guest to turn itself off, as by its power button
+    Shutdown(NameArgs),
     /// Turn it off, as by pulling the plug
     Off(NameArgs),
-    /// Put the guest into a file; the next vhd run of this machine goes on from there
+    /// Put the guest into a file; vhd vm restore and the next vhd run of this machine go on from there
     Save(NameArgs),
+    /// Run the machine on from its saved state, and refuse where there is none
+    Restore(StateArgs),
+    /// Forget the saved state of a machine
+    DiscardState(StateArgs),
     /// Give every disk a new leaf, all at one instant
     Snapshot(NameArgs),
 }
 
 #[derive(Debug, Args)]
 struct NameArgs {
-    /// The machine
+    /// The machine: its name, or its .vmc file
     name: String,
+}
+
+#[derive(Debug, Args)]
+struct CreateArgs {
+    /// Its name, for a configuration in the user's folder of machines; or a FILE.vmc
+    name: String,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+#[derive(Debug, Args)]
+struct SetArgs {
+    /// The machine: its name, or its .vmc file
+    name: String,
+    /// Take the disk at this position out
+    #[arg(long, value_name = "N")]
+    remove_disk: Vec<u8>,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+#[derive(Debug, Args)]
+struct StateArgs {
+    /// The machine: its name, or its .vmc file
+    name: String,
+    #[command(flatten)]
+    machine: Box<MachineArgs>,
+    /// Take the notes of a saved state off its disks even where there is none
+    #[arg(long)]
+    force: bool,
+    /// Run without the sandbox, to debug
+    #[arg(long)]
+    no_sandbox: bool,
+    #[command(flatten)]
+    open: ChainArgs,
 }
 
 impl VmArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         match &self.action {
+            Action::Create(args) => args.run(context),
+            Action::Set(args) => args.run(context),
             Action::List => list(context),
-            Action::Show(args) => {
-                let found = ask(&args.name, "show")?;
-                context.print(&text_of(&found), &found)?;
-                Ok(Answer::Yes)
-            }
-            Action::Pause(args) => command(context, args, "pause"),
-            Action::Resume(args) => command(context, args, "resume"),
-            Action::Reset(args) => command(context, args, "reset"),
-            Action::Off(args) => command(context, args, "off"),
-            Action::Save(args) => command(context, args, "save"),
+            Action::Show(args) => show(context, &args.name),
+            Action::Pause(args) => command(context, &args.name, "pause"),
+            Action::Resume(args) => command(context, &args.name, "resume"),
+            Action::Reset(args) => command(context, &args.name, "reset"),
+            Action::Shutdown(args) => command(context, &args.name, "shutdown"),
+            Action::Off(args) => command(context, &args.name, "off"),
+            Action::Save(args) => command(context, &args.name, "save"),
+            Action::Restore(args) => args.restore(context),
+            Action::DiscardState(args) => args.discard(context),
             Action::Snapshot(args) => {
                 let answer = ask(&args.name, "snapshot")?;
                 let leaves = answer["leaves"].as_array().into_iter().flatten().filter_map(Value::as_str);
@@ -69,32 +119,173 @@ impl VmArgs {
     }
 }
 
-fn ask(name: &str, command: &str) -> Result<Value, Error> {
-    let socket = socket_of(name)?;
-    call(&socket, &Request::new(command)).map_err(|error| {
-        if error.kind() == ErrorKind::NotFound {
-            return Error::new(ErrorKind::NotFound, "no machine of this name has a process; vhd vm list tells those that do")
-                .at(Path::new(name));
+impl CreateArgs {
+    fn run(&self, context: &Context) -> Result<Answer, Error> {
+        let path = file_of(&self.name)?;
+        let mut config = Config::default();
+        self.machine.apply(&mut config)?;
+        for disk in &config.disks {
+            disk.image.metadata().map_err(|error| Error::io(error, "can't be a disk").at(&disk.image))?;
         }
-        error
+        if let Some(folder) = path.parent().filter(|_| !self.name.contains('/') && Path::new(&self.name) != path) {
+            std::fs::create_dir_all(folder).map_err(|error| Error::io(error, "can't be made for configurations").at(folder))?;
+        }
+        let mut file = ConfigFile::new(&path)?;
+        file.write(&config)?;
+        file.save(true)?;
+        context.print(&format!("{}\n", path.display()), &json!({ "config": path.to_string_lossy() }))?;
+        Ok(Answer::Yes)
+    }
+}
+
+impl SetArgs {
+    fn run(&self, context: &Context) -> Result<Answer, Error> {
+        let plan = Plan::of(&self.name, context)?;
+        let path = file_of(&self.name)?;
+        let mut config = plan.config;
+        for position in &self.remove_disk {
+            config.remove(*position).map_err(|error| error.at(&path))?;
+        }
+        self.machine.apply(&mut config)?;
+        let mut file = ConfigFile::open(&path)?;
+        file.write(&config)?;
+        file.save(false)?;
+        context.print("", &json!({ "config": path.to_string_lossy() }))?;
+        Ok(Answer::Yes)
+    }
+}
+
+impl StateArgs {
+    /// The machine as its configuration has it, or as options say where it has none.
+    fn plan(&self, context: &Context) -> Result<Plan, Error> {
+        let mut plan = match Plan::of(&self.name, context) {
+            Err(error) if error.kind() == ErrorKind::NotFound && self.machine.has_disks() => {
+                Plan { name: self.name.clone(), config: Config::default(), file: None }
+            }
+            plan => plan?,
+        };
+        self.machine.apply(&mut plan.config)?;
+        Ok(plan)
+    }
+
+    fn restore(&self, context: &Context) -> Result<Answer, Error> {
+        // One that has a process knows by itself what can be done with it.
+        if let Some(answer) = ask_if_running(&self.name, "restore") {
+            context.print("", &answer?)?;
+            return Ok(Answer::Yes);
+        }
+        let plan = self.plan(context)?;
+        let file = plan.state_file();
+        if !file.exists() {
+            return Err(Error::new(ErrorKind::NotFound, "there is no saved state to go on from; vhd run begins anew").at(&file));
+        }
+        Run { plan: &plan, open: &self.open, force: self.force, no_sandbox: self.no_sandbox }.run(context)
+    }
+
+    fn discard(&self, context: &Context) -> Result<Answer, Error> {
+        if let Some(answer) = ask_if_running(&self.name, "discard-state") {
+            context.print("", &answer?)?;
+            return Ok(Answer::Yes);
+        }
+        let plan = self.plan(context)?;
+        Run { plan: &plan, open: &self.open, force: self.force, no_sandbox: self.no_sandbox }.discard_state(context)?;
+        context.print("", &json!({ "state": "off" }))?;
+        Ok(Answer::Yes)
+    }
+}
+
+/// The answer of the machine's process; `None` when it has none.
+fn ask_if_running(machine: &str, command: &str) -> Option<Result<Value, Error>> {
+    let name = name_of_machine(machine);
+    match socket_of(&name).and_then(|socket| call(&socket, &Request::new(command))) {
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        answer => Some(answer),
+    }
+}
+
+/// A file's machine has the file's name.
+fn name_of_machine(machine: &str) -> String {
+    let path = Path::new(machine);
+    let is_file = path.extension().is_some_and(|extension| extension == vhd_vmm::config::EXTENSION);
+    if is_file { name_of(path) } else { machine.to_owned() }
+}
+
+fn ask(machine: &str, command: &str) -> Result<Value, Error> {
+    ask_if_running(machine, command).unwrap_or_else(|| {
+        let message = "no machine of this name has a process; vhd vm list tells those that do";
+        Err(Error::new(ErrorKind::NotFound, message).at(Path::new(machine)))
     })
 }
 
 /// Success is silent to people.
-fn command(context: &Context, args: &NameArgs, command: &str) -> Result<Answer, Error> {
-    let answer = ask(&args.name, command)?;
+fn command(context: &Context, machine: &str, command: &str) -> Result<Answer, Error> {
+    let answer = ask(machine, command)?;
     context.print("", &answer)?;
     Ok(Answer::Yes)
 }
 
+fn show(context: &Context, machine: &str) -> Result<Answer, Error> {
+    let found = match ask_if_running(machine, "show") {
+        Some(found) => found?,
+        None if file_of(machine)?.exists() => describe(&Plan::of(machine, context)?),
+        None => return Err(ask(machine, "show").err().unwrap_or_else(|| Error::new(ErrorKind::NotFound, "is gone"))),
+    };
+    context.print(&text_of(&found), &found)?;
+    Ok(Answer::Yes)
+}
+
+/// A machine that has no process, with the words that one with a process has for itself.
+fn describe(plan: &Plan) -> Value {
+    let config = &plan.config;
+    let disks = config.disks.iter().map(|disk| {
+        json!({
+            "disk": disk.position,
+            "image": disk.image.to_string_lossy(),
+            "queues": disk.queues.unwrap_or(1),
+            "read_only": disk.read_only.unwrap_or(false),
+            "serial": disk.serial_number,
+            "on_error": disk.on_error.map_or("report", |policy| policy.name()),
+            "on_no_space": disk.on_no_space.map_or("pause", |policy| policy.name()),
+        })
+    });
+    json!({
+        "name": plan.name,
+        "state": if plan.state_file().exists() { "saved" } else { "off" },
+        "reason": null,
+        "pid": null,
+        "config": plan.file.as_ref().map(|file| file.to_string_lossy()),
+        "cpus": config.cpus.unwrap_or(1),
+        "memory": config.memory.unwrap_or(MEMORY),
+        "kernel": config.kernel.as_ref().map(|kernel| kernel.to_string_lossy()),
+        "command_line": config.append,
+        "undo": config.undo.unwrap_or(false),
+        "disks": disks.collect::<Vec<_>>(),
+    })
+}
+
 fn list(context: &Context) -> Result<Answer, Error> {
     let mut machines = Vec::new();
-    let mut text = String::new();
     for name in running()? {
         // One that ends meanwhile is not listed.
         let Ok(found) = ask(&name, "show") else { continue };
-        let _ = writeln!(text, "{name:<20} {}", state_of(&found));
         machines.push(json!({ "name": name, "state": found["state"], "reason": found["reason"], "pid": found["pid"] }));
+    }
+    for file in configured()? {
+        let name = name_of(&file);
+        if machines.iter().any(|machine| machine["name"].as_str() == Some(&name)) {
+            continue;
+        }
+        // A configuration that is wrong is a machine all the same, and its owner should hear of it.
+        let machine = match Plan::of(&file.to_string_lossy(), context) {
+            Ok(plan) => describe(&plan),
+            Err(error) => json!({ "name": name, "state": "unknown", "reason": error.to_string() }),
+        };
+        machines.push(json!({ "name": name, "state": machine["state"], "reason": machine["reason"], "pid": null }));
+    }
+    machines.sort_by(|one, other| one["name"].as_str().cmp(&other["name"].as_str()));
+    let mut text = String::new();
+    for machine in &machines {
+        let _ = writeln!(text, "{:<20} {}", machine["name"].as_str().unwrap_or_default(), state_of(machine));
     }
     context.print(&text, &machines)?;
     Ok(Answer::Yes)
@@ -113,15 +304,14 @@ fn text_of(found: &Value) -> String {
     let _ = writeln!(text, "CPUs          {}", found["cpus"]);
     let _ = writeln!(text, "memory        {}", sizes::show(found["memory"].as_u64().unwrap_or(0)));
     let _ = writeln!(text, "kernel        {}", word("kernel"));
+    if let Some(config) = found["config"].as_str() {
+        let _ = writeln!(text, "configuration {config}");
+    }
     for disk in found["disks"].as_array().into_iter().flatten() {
         let image = disk["image"].as_str().unwrap_or_default();
+        let size = disk["size"].as_u64().map_or_else(String::new, |size| format!(", {}", sizes::show(size)));
         let read_only = if disk["read_only"].as_bool() == Some(true) { ", read-only" } else { "" };
-        let _ = writeln!(
-            text,
-            "disk {:<9}{image}, {}{read_only}",
-            disk["disk"].as_u64().unwrap_or(0),
-            sizes::show(disk["size"].as_u64().unwrap_or(0))
-        );
+        let _ = writeln!(text, "disk {:<9}{image}{size}{read_only}", disk["disk"].as_u64().unwrap_or(0));
     }
     text
 }

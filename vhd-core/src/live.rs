@@ -17,6 +17,7 @@ use crate::block::{BlockDevice, Capabilities, Disk, Extent, ZeroMode};
 use crate::chain::{Chain, ChainOptions, ChildOptions, Layer, UndoSession, create_over_open, open_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Created, Image, OpenOptions};
+use crate::ops::saved_state;
 use crate::storage::{FileStorage, Host, LockMode, folder_of, resolve};
 
 /// A disk that can get a new leaf, or another size, while others read and write it.
@@ -105,14 +106,33 @@ impl LiveDisk {
         Ok(snapshot_all(&[new])?.remove(0))
     }
 
+    /// Notes in the leaf that a virtual machine's saved state relies on it as it is, or does not any more; durable when it
+    /// returns. A disk that is open read-only is left alone.
+    ///
+    /// # Errors
+    /// As [`LiveDisk::reopen_after`] and [`saved_state::set`].
+    pub fn set_saved_state(&self, saved: bool) -> Result<()> {
+        if self.disk().capabilities().read_only {
+            return Ok(());
+        }
+        self.reopen_with(|path, options| {
+            options.image.owns_saved_state = saved;
+            saved_state::set(path, saved, options)
+        })
+    }
+
     /// Closes the disk, does `work` on its files while nobody uses them, and opens it again: with the size that it has
     /// then. When it can't be opened again every call fails, until this succeeds.
     ///
     /// # Errors
     /// As `work` fails, when the disk is open again; as it can't be closed or opened.
     pub fn reopen_after<T>(&self, work: impl FnOnce(&Path, &ChainOptions) -> Result<T>) -> Result<T> {
+        self.reopen_with(|path, options| work(path, options))
+    }
+
+    fn reopen_with<T>(&self, work: impl FnOnce(&Path, &mut ChainOptions) -> Result<T>) -> Result<T> {
         let mut state = self.0.write();
-        let (path, options) = match &*state {
+        let (path, mut options) = match &*state {
             State::Open(open) => {
                 open.chain.close()?;
                 (open.leaf_path().to_owned(), open.options.clone())
@@ -121,7 +141,7 @@ impl LiveDisk {
         };
         let message = "is closed while its files are changed".to_owned();
         *state = State::Lost { kind: ErrorKind::Io, message, path: path.clone(), options: options.clone() };
-        let result = work(&path, &options);
+        let result = work(&path, &mut options);
         match Open::new(&path, &options) {
             Ok(open) => {
                 *state = State::Open(open);

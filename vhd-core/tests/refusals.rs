@@ -16,9 +16,9 @@ use vhd_core::ops::merge::{MergeOptions, execute, plan};
 use vhd_core::ops::repair::{RepairMode, repair};
 use vhd_core::ops::reparent::reparent;
 use vhd_core::ops::resize::{ResizeOptions, resize};
-use vhd_core::ops::undo;
+use vhd_core::ops::{saved_state, undo};
 use vhd_core::storage::{FileStorage, LockMode};
-use vhd_core::{Error, ErrorKind, Progress};
+use vhd_core::{Error, ErrorKind, LiveDisk, Progress};
 use vhd_testkit::fixture::{BlockFill, FixtureSpec, Kind, Layout};
 
 use self::support::{files_of, new_child, new_image, open, options};
@@ -70,6 +70,69 @@ fn what_a_saved_state_relies_on_changes_by_force_alone() {
         assert!(files_of(folder.path()) == before, "{name} changed something");
         operation(&path, true).unwrap_or_else(|error| panic!("{name}: {error}"));
     }
+}
+
+#[test]
+fn the_mark_of_a_saved_state_keeps_all_but_its_owner_from_writing() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = folder.path().join("disk.vhd");
+    for kind in [NewKind::Dynamic, NewKind::Fixed { preallocate: false }] {
+        let _ = std::fs::remove_file(&path);
+        new_image(&path, kind, SIZE, 4096);
+        let (before, time) = (std::fs::read(&path).unwrap(), path.metadata().unwrap().modified().unwrap());
+        let disk = LiveDisk::open(&path, &options(true)).unwrap();
+        disk.set_saved_state(true).unwrap();
+        assert!(saved_state::of(&path, &options(false)).unwrap());
+        assert_eq!(path.metadata().unwrap().modified().unwrap(), time, "it counts as changed");
+        drop(disk);
+        let error = LiveDisk::open(&path, &options(true)).unwrap_err();
+        assert!(error.kind() == ErrorKind::Refused && error.to_string().contains("saved state"), "{error}");
+        let mut own = options(true);
+        own.image.owns_saved_state = true;
+        let disk = LiveDisk::open(&path, &own).unwrap();
+        disk.set_saved_state(false).unwrap();
+        assert!(std::fs::read(&path).unwrap() == before, "more than the mark came and went");
+        assert_eq!(path.metadata().unwrap().modified().unwrap(), time, "it counts as changed");
+        // What is written later, a footer behind new blocks with it, does not bring the mark back.
+        disk.disk().write_at(&[1; 512], SIZE - 4096).unwrap();
+        disk.disk().close().unwrap();
+        drop(disk);
+        assert!(!saved_state::of(&path, &options(false)).unwrap());
+        LiveDisk::open(&path, &options(true)).unwrap();
+    }
+}
+
+#[test]
+fn a_disk_that_is_open_read_only_is_not_marked_and_one_that_is_open_elsewhere_can_not_be() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = disk(folder.path(), 0);
+    let before = std::fs::read(&path).unwrap();
+    let reader = LiveDisk::open(&path, &options(false)).unwrap();
+    reader.set_saved_state(true).unwrap();
+    assert_eq!(saved_state::set(&path, true, &options(true)).unwrap_err().kind(), ErrorKind::Locked);
+    assert!(std::fs::read(&path).unwrap() == before);
+}
+
+#[test]
+fn an_undo_disk_that_a_saved_state_relies_on_is_discarded_by_force_alone() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let images = [disk(folder.path(), 0)];
+    undo::start(&images, None, &options(false)).unwrap();
+    let undo_disk = folder.path().join("disk.vud");
+    saved_state::set(&undo_disk, true, &options(true)).unwrap();
+    let commit = |force| undo::commit(&images, None, force, &options(true), &Progress::default());
+    for error in [commit(false).unwrap_err(), undo::discard(&images, None, false, &options(true)).unwrap_err()] {
+        assert!(error.kind() == ErrorKind::Refused && error.to_string().contains("saved state"), "{error}");
+    }
+    undo::discard(&images, None, true, &options(true)).unwrap();
+    assert!(!undo_disk.exists());
+    // Nor is a session begun over a disk that one relies on.
+    saved_state::set(&images[0], true, &options(true)).unwrap();
+    let error = undo::start(&images, None, &options(false)).unwrap_err();
+    assert!(error.kind() == ErrorKind::Refused && !undo_disk.exists(), "{error}");
+    let mut forced = options(false);
+    forced.image.force = true;
+    undo::start(&images, None, &forced).unwrap();
 }
 
 #[test]

@@ -130,7 +130,7 @@ impl Control {
     /// # Errors
     /// `Exists` when someone serves it, or it is no socket; as the host fails.
     pub fn bind(path: &Path, handler: Arc<dyn Handler>) -> Result<Self> {
-        let listener = bind_private(path)?;
+        let listener = listen_private(path)?;
         let (stop, clients) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Vec<UnixStream>>>::default());
         let count = Arc::<AtomicUsize>::default();
         let (for_clients, for_count) = (Arc::clone(&clients), Arc::clone(&count));
@@ -167,9 +167,13 @@ impl Drop for Control {
     }
 }
 
-/// A socket that nobody else may connect to, not even for a moment: it gets its name when it is closed to others.
-fn bind_private(path: &Path) -> Result<UnixListener> {
-    let failed = |error: io::Error| Error::io(error, "can't be made a control socket").at(path);
+/// A socket that nobody else may connect to, not even for a moment: it gets its name when it is closed to others. One
+/// that a dead process left there is replaced.
+///
+/// # Errors
+/// `Exists` when someone serves it, or it is no socket; as the host fails.
+pub fn listen_private(path: &Path) -> Result<UnixListener> {
+    let failed = |error: io::Error| Error::io(error, "can't be made a socket").at(path);
     if let Ok(found) = std::fs::symlink_metadata(path) {
         use std::os::unix::fs::FileTypeExt;
         if !found.file_type().is_socket() {

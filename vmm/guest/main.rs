@@ -142,11 +142,20 @@ extern "C" fn main() -> ! {
         Some("fill") => fill(),
         Some("pair") => pair(),
         Some("errors") => errors(),
+        Some("button") => button(),
         Some("break") => break_it(),
         other => say!("what is {:?}?", other),
     }
     say!("guest: done");
     off()
+}
+
+/// Waits for the power button: the old interrupt controller shows its line also to who takes no interrupts.
+fn button() {
+    out8(0x20, 0x0A);
+    say!("waiting");
+    while in8(0x20) & 1 << 3 == 0 {}
+    say!("pressed");
 }
 
 fn disks() -> impl Iterator<Item = Disk> {

@@ -1,6 +1,8 @@
 //! What the machine has, as ACPI tables: vCPUs, interrupt controllers, power, the serial port, disks.
 
-use acpi_tables::aml::{self, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate, Scope};
+use acpi_tables::aml::{
+    self, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate, Scope,
+};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
@@ -9,7 +11,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 
-use crate::layout::{ACPI, IO_APIC, LOCAL_APIC, POWER, SERIAL, SERIAL_LINE, disk_line, disk_registers};
+use crate::layout::{ACPI, IO_APIC, LOCAL_APIC, POWER, POWER_BUTTON_LINE, SERIAL, SERIAL_LINE, disk_line, disk_registers};
 use crate::memory::{Memory, Outside};
 use crate::virtio::mmio;
 
@@ -90,7 +92,7 @@ fn dsdt(disks: usize) -> Sdt {
         ],
     )
     .to_bytes();
-    let mut devices = serial;
+    let mut devices = [serial, power_button()].concat();
     for disk in 0..disks {
         let registers = Memory32Fixed::new(true, disk_registers(disk) as u32, mmio::SIZE as u32);
         let line = Interrupt::new(true, true, false, false, disk_line(disk));
@@ -107,6 +109,27 @@ fn dsdt(disks: usize) -> Sdt {
     Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_OFF, &aml::ZERO])).to_aml_bytes(&mut dsdt);
     dsdt.update_checksum();
     dsdt
+}
+
+/// A button, and the device that says when it was pressed: with hardware-reduced ACPI there are no other events.
+fn power_button() -> Vec<u8> {
+    let id = EISAName::new("PNP0C0C");
+    let button =
+        Device::new("PWRB".into(), vec![&Name::new("_HID".into(), &id), &Name::new("_UID".into(), &aml::ZERO)]).to_bytes();
+    let line = Interrupt::new(true, true, false, false, POWER_BUTTON_LINE);
+    let (path, pressed) = (Path::new("PWRB"), 0x80_u8);
+    let notify = Notify::new(&path, &pressed);
+    let events = Device::new(
+        "GED_".into(),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &aml::ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&line])),
+            &Method::new("_EVT".into(), 1, true, vec![&notify]),
+        ],
+    )
+    .to_bytes();
+    [button, events].concat()
 }
 
 trait ToBytes: Aml {

@@ -42,6 +42,8 @@ pub const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
 pub const SERIAL: Range<u16> = 0x3F8..0x400;
 /// Its interrupt line.
 pub const SERIAL_LINE: u32 = 4;
+/// The interrupt line of the power button.
+pub const POWER_BUTTON_LINE: u32 = 3;
 /// The keyboard controller's data and command ports: all that it does is reset.
 pub const KEYBOARD: [u16; 2] = [0x60, 0x64];
 /// The real-time clock's index and data ports.

@@ -5,6 +5,7 @@
 //! Nothing that a guest does makes the monitor panic, loop without end or use memory beyond a named limit.
 
 pub mod acpi;
+pub mod config;
 pub mod devices;
 pub mod installed;
 pub mod kvm;

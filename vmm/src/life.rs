@@ -7,14 +7,14 @@ use std::path::Path;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::bus::Devices;
 use self::vcpus::Vcpus;
 use crate::acpi;
 use crate::devices::{Clock, Console, Ports, Request, SerialPort};
 use crate::kvm::{KvmError, Vm};
-use crate::layout::{MAX_DISKS, SERIAL_LINE, disk_line, disk_registers};
+use crate::layout::{MAX_DISKS, POWER_BUTTON_LINE, SERIAL_LINE, disk_line, disk_registers};
 use crate::loader::{self, Boot, Kernel, LoadError};
 use crate::memory::Memory;
 use crate::saved::{self, DiskIdentity, SavedState};
@@ -190,6 +190,14 @@ impl Life {
         self.vcpus.go();
     }
 
+    /// Asks the guest to turn itself off.
+    ///
+    /// # Errors
+    /// As the host fails.
+    pub fn press_power_button(&self) -> std::io::Result<()> {
+        self.devices.power_button.write(1)
+    }
+
     /// The guest's serial port.
     pub fn serial(&self) -> Arc<Mutex<SerialPort>> {
         Arc::clone(self.devices.ports.serial())
@@ -219,6 +227,8 @@ fn attach(hardware: &Hardware, vm: &Vm, memory: &Memory, ported: Ported, reporte
     let host = |error| StartError::Kvm(KvmError::Failed("connect devices", error));
     let ((serial, line), clock) = ported;
     vm.interrupt_on(&line, SERIAL_LINE)?;
+    let power_button = EventFd::new(EFD_NONBLOCK).map_err(host)?;
+    vm.interrupt_on(&power_button, POWER_BUTTON_LINE)?;
     let stalls = Arc::new(Stalls(Mutex::new(reporter.clone())));
     let mut disks = Vec::new();
     for (number, block) in hardware.disks.iter().enumerate() {
@@ -235,5 +245,5 @@ fn attach(hardware: &Hardware, vm: &Vm, memory: &Memory, ported: Ported, reporte
         registers.pause();
         disks.push(Mutex::new(registers));
     }
-    Ok(Devices { ports: Ports::new(Arc::new(Mutex::new(serial)), clock), disks })
+    Ok(Devices { ports: Ports::new(Arc::new(Mutex::new(serial)), clock), disks, power_button })
 }

@@ -95,6 +95,20 @@ fn a_guest_that_resets_begins_again() {
 }
 
 #[test]
+fn a_guest_that_is_asked_to_shut_down_sees_its_power_button_and_turns_off() {
+    if !kvm() {
+        return;
+    }
+    let (machine, said, _) = machine(definition("do=button", vec![]));
+    machine.command(Command::Start).unwrap();
+    said.wait_for("waiting\n", 1);
+    assert!(!said.text().contains("pressed"), "it was pressed by nobody");
+    machine.command(Command::Shutdown).unwrap();
+    assert_eq!(machine.wait(PATIENCE, |state| *state == State::Off), State::Off);
+    assert!(said.text().ends_with("pressed\nguest: done\n"), "{}", said.text());
+}
+
+#[test]
 fn a_triple_fault_is_a_state() {
     if !kvm() {
         return;

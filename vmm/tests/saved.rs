@@ -12,8 +12,11 @@ use std::fs;
 use std::path::Path;
 
 use vhd_core::ErrorKind;
+use vhd_core::chain::{Chain, ChainOptions};
+use vhd_core::image::OpenOptions;
+use vhd_core::ops::saved_state;
 use vhd_testkit::fixture::Kind;
-use vhd_vmm::machine::{Command, Definition, State};
+use vhd_vmm::machine::{Command, Definition, State, discard_state};
 use vhd_vmm::virtio::block::BlockOptions;
 
 use support::{PATIENCE, attached, definition, kvm, machine, make_disk, open};
@@ -150,6 +153,130 @@ fn a_disk_that_was_changed_or_exchanged_is_refused() {
     assert_eq!(machine.state(), State::Off);
     machine.command(Command::Start).unwrap();
     assert_eq!(machine.wait(PATIENCE, |state| *state != State::Running), State::Off);
+}
+
+#[test]
+fn a_disk_whose_parent_was_changed_is_refused() {
+    if !kvm() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let image = make_disk(folder, "disk", Kind::Differencing, 8 << 20);
+    save_in_the_middle(folder, &image, 2);
+    // As a program would that knows nothing of children.
+    let parent = folder.join("disk-base.vhd");
+    fs::File::options().write(true).open(&parent).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+    let (machine, _, _) = machine(definition_in(folder, "do=fill sectors=4096", &image));
+    let error = machine.command(Command::Restore).unwrap_err();
+    assert!(error.kind() == ErrorKind::Refused && error.to_string().contains("was changed"), "{error}");
+}
+
+/// Whether a disk has the note that a saved state relies on it.
+fn is_noted(image: &Path) -> bool {
+    saved_state::of(image, &ChainOptions::default()).unwrap()
+}
+
+#[test]
+fn nobody_else_writes_to_the_disks_of_a_saved_guest() {
+    if !kvm() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let image = make_disk(folder, "disk", Kind::Dynamic, 8 << 20);
+    save_in_the_middle(folder, &image, 2);
+    assert!(is_noted(&image));
+    let writable = OpenOptions { writable: true, ..OpenOptions::default() };
+    let error = Chain::open(&image, &ChainOptions { image: writable, ..ChainOptions::default() }).unwrap_err();
+    assert!(error.kind() == ErrorKind::Refused && error.to_string().contains("saved state"), "{error}");
+    let (machine, _, _) = machine(definition_in(folder, "do=fill sectors=4096", &image));
+    machine.command(Command::Restore).unwrap();
+    // It is gone before the guest runs, and what the guest makes the disk grow by does not bring it back.
+    assert!(!is_noted(&image));
+    assert_eq!(machine.wait(PATIENCE, |state| *state != State::Running), State::Off);
+    drop(machine);
+    assert!(!is_noted(&image));
+}
+
+/// The moments at which a save, a restore or a discard may be cut: the file is durable before the first note is made, and gone
+/// only after the last one is. So what is left is the file, with or without the notes, and never a note without the file.
+#[test]
+fn a_cut_between_file_and_notes_leaves_what_can_be_gone_on_from_or_forgotten() {
+    if !kvm() {
+        return;
+    }
+    for noted in [[true, false], [false, true], [false, false]] {
+        for goes_on in [true, false] {
+            let folder = tempfile::tempdir().unwrap();
+            let folder = folder.path();
+            let images = ["one", "two"].map(|name| make_disk(folder, name, Kind::Dynamic, 8 << 20));
+            let definition = || {
+                let disks = images.iter().map(|image| attached(image, BlockOptions::default())).collect();
+                Definition { state_file: Some(folder.join("guest.vsv")), ..definition("do=fill disks=2 sectors=512", disks) }
+            };
+            let (machine, said, _) = support::machine(definition());
+            machine.command(Command::Start).unwrap();
+            said.wait_for("flushed", 2);
+            machine.command(Command::Save).unwrap();
+            drop(machine);
+            let open =
+                ChainOptions { image: OpenOptions { writable: true, ..OpenOptions::default() }, ..ChainOptions::default() };
+            for (image, noted) in images.iter().zip(noted) {
+                saved_state::set(image, noted, &open).unwrap();
+            }
+            if goes_on {
+                let (machine, said, _) = support::machine(definition());
+                machine.command(Command::Restore).unwrap();
+                assert_eq!(machine.wait(PATIENCE, |state| *state != State::Running), State::Off, "{}", said.text());
+                assert!(said.text().matches("filled 512, 0 failed").count() == 2 && !said.text().contains("WRONG"));
+            } else {
+                discard_state(&folder.join("guest.vsv"), &images, &open, false).unwrap();
+                let error = discard_state(&folder.join("guest.vsv"), &images, &open, false).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+            }
+            assert!(!images.iter().any(|image| is_noted(image)) && !folder.join("guest.vsv").exists());
+        }
+    }
+}
+
+#[test]
+fn a_note_is_taken_off_its_own_disks_alone_and_off_others_by_force() {
+    if !kvm() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let image = make_disk(folder, "disk", Kind::Dynamic, 8 << 20);
+    let other = make_disk(folder, "other", Kind::Dynamic, 8 << 20);
+    save_in_the_middle(folder, &image, 2);
+    let open = ChainOptions { image: OpenOptions { writable: true, ..OpenOptions::default() }, ..ChainOptions::default() };
+    saved_state::set(&other, true, &open).unwrap();
+    let (file, missing) = (folder.join("guest.vsv"), folder.join("missing.vhd"));
+    let notes = discard_state(&file, &[image.clone(), other.clone(), missing], &open, false).unwrap();
+    let told: Vec<_> = notes.iter().map(ToString::to_string).collect();
+    assert!(told.len() == 2 && told[0].contains("other.vhd: is another disk") && told[1].contains("missing.vhd"), "{told:?}");
+    assert!(!is_noted(&image) && is_noted(&other) && !file.exists());
+    discard_state(&file, std::slice::from_ref(&other), &open, true).unwrap();
+    assert!(!is_noted(&other));
+}
+
+#[test]
+fn a_guest_that_can_not_be_saved_goes_on_and_its_disks_are_free() {
+    if !kvm() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = make_disk(folder.path(), "disk", Kind::Dynamic, 8 << 20);
+    let state_file = Some(folder.path().join("no folder/guest.vsv"));
+    let disks = vec![attached(&image, BlockOptions::default())];
+    let (machine, said, _) = machine(Definition { state_file, ..definition("do=fill sectors=2048", disks) });
+    machine.command(Command::Start).unwrap();
+    said.wait_for("flushed", 2);
+    assert_eq!(machine.command(Command::Save).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(machine.wait(PATIENCE, |state| *state != State::Running), State::Off);
+    assert!(said.text().contains("filled 2048, 0 failed\n") && !said.text().contains("WRONG"), "{}", said.text());
+    assert!(!is_noted(&image));
 }
 
 #[test]

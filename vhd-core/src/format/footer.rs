@@ -374,6 +374,11 @@ impl Footer {
         self.bytes.sectors = geometry.sectors;
     }
 
+    /// Notes whether a virtual machine's saved state relies on this image as it is.
+    pub fn set_saved_state(&mut self, saved: bool) {
+        self.bytes.saved_state = saved.into();
+    }
+
     /// Gives the image another identifier.
     pub fn set_uuid(&mut self, uuid: [u8; 16]) {
         self.bytes.uuid = uuid;

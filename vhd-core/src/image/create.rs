@@ -2,8 +2,7 @@
 
 use std::path::Path;
 
-use super::Image;
-use crate::error::{Error, ErrorKind, Result, fail};
+use crate::error::{Error, Result, fail};
 use crate::format::{
     BAT_ENTRY_LEN, Creator, DiskType, DynamicHeader, FOOTER_LEN, Footer, HEADER_LEN, LocatorEntry, MAX_BLOCK_SIZE,
     MAX_CREATE_SIZE, MIN_BLOCK_SIZE, NewFooter, NewHeader, PlatformCode, SECTOR, Timestamp, WINDOWS_MIN_SIZE, encode_locator,
@@ -208,27 +207,4 @@ fn place_locators(link: &ParentLink) -> (Vec<(LocatorEntry, Vec<u8>)>, u64) {
     });
     let placed = placed.collect();
     (placed, at)
-}
-
-impl Image {
-    /// Gives an image that has none an identifier, so that a child can name it: in both footers, then a barrier.
-    ///
-    /// # Errors
-    /// As the host fails, or the image is not open for writing.
-    pub fn set_uuid_of(storage: &dyn Storage, uuid: [u8; 16]) -> Result<()> {
-        Self::write_uuid_of(storage, uuid)?;
-        storage.sync().map_err(|error| Error::io(error, "can't be synced"))
-    }
-
-    /// As [`Image::set_uuid_of`], without the barrier: for who opens the image next, which begins with one.
-    pub(crate) fn write_uuid_of(storage: &dyn Storage, uuid: [u8; 16]) -> Result<()> {
-        let footers = super::Footers::read(storage).map_err(|error| Error::io(error, "can't be read"))?;
-        let (mut footer, _) = footers.authority(false).map_err(|error| Error::new(ErrorKind::Corrupt, error.to_string()))?;
-        footer.set_uuid(uuid);
-        // Each is right alone, and where they differ the trailing one counts: no barrier between them.
-        if footer.disk_type() != DiskType::Fixed {
-            write(storage, &footer.to_bytes(), 0)?;
-        }
-        write(storage, &footer.to_bytes(), footers.trailing_at)
-    }
 }

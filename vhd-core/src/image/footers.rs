@@ -2,6 +2,8 @@
 
 use std::io;
 
+use super::Image;
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, FOOTER_LEN, Footer, FooterError, OLD_FOOTER_LEN, SECTOR};
 use crate::storage::Storage;
 
@@ -11,13 +13,13 @@ pub struct Footers {
     /// Bytes of the file.
     pub file_len: u64,
     /// The trailing footer. Its first byte is at [`Self::trailing_at`].
-    pub trailing: Result<Footer, FooterError>,
+    pub trailing: std::result::Result<Footer, FooterError>,
     /// File offset of the trailing footer, or of the last sector where there is none.
     pub trailing_at: u64,
     /// True when the trailing footer is of the 511 bytes that Virtual PC wrote before 2004.
     pub trailing_is_short: bool,
     /// The copy at offset 0. Of a fixed disk these are data, and may be anything a guest put there.
-    pub copy: Result<Footer, FooterError>,
+    pub copy: std::result::Result<Footer, FooterError>,
     trailing_bytes: [u8; FOOTER_LEN],
     copy_bytes: [u8; FOOTER_LEN],
 }
@@ -76,7 +78,7 @@ impl Footers {
     ///
     /// # Errors
     /// What is wrong with the trailing footer.
-    pub fn authority(&self, tolerant: bool) -> Result<(Footer, Authority), FooterError> {
+    pub fn authority(&self, tolerant: bool) -> std::result::Result<(Footer, Authority), FooterError> {
         let was_fixed = self.is_damaged_fixed();
         let sparse = |footer: &Footer| footer.disk_type() != DiskType::Fixed && !was_fixed;
         match (&self.trailing, &self.copy) {
@@ -117,4 +119,50 @@ impl Footers {
     pub fn is_marked_by_tapdisk(&self) -> bool {
         self.trailing_bytes.iter().all(|&byte| byte == 0xC7)
     }
+}
+
+impl Image {
+    /// Gives an image that has none an identifier, so that a child can name it: in both footers, then a barrier.
+    ///
+    /// # Errors
+    /// As the host fails, or the image is not open for writing.
+    pub fn set_uuid_of(storage: &dyn Storage, uuid: [u8; 16]) -> Result<()> {
+        Self::write_uuid_of(storage, uuid)?;
+        sync(storage)
+    }
+
+    /// As [`Image::set_uuid_of`], without the barrier: for who opens the image next, which begins with one.
+    pub(crate) fn write_uuid_of(storage: &dyn Storage, uuid: [u8; 16]) -> Result<()> {
+        change(storage, |footer| footer.set_uuid(uuid))
+    }
+
+    /// Notes that a virtual machine's saved state relies on an image as it is, or does not any more: in both footers,
+    /// then a barrier. Whoever has it open as an [`Image`] knows the footer as it was.
+    ///
+    /// # Errors
+    /// As the host fails, or the image is not open for writing.
+    pub fn set_saved_state_of(storage: &dyn Storage, saved: bool) -> Result<()> {
+        change(storage, |footer| footer.set_saved_state(saved))?;
+        sync(storage)
+    }
+}
+
+/// Changes what each footer says, one sector at a time.
+fn change(storage: &dyn Storage, change: impl Fn(&mut Footer)) -> Result<()> {
+    let footers = Footers::read(storage).map_err(|error| Error::io(error, "can't be read"))?;
+    let (mut footer, _) = footers.authority(false).map_err(|error| Error::new(ErrorKind::Corrupt, error.to_string()))?;
+    change(&mut footer);
+    let write = |at| {
+        let written = storage.write_at(&footer.to_bytes(), at);
+        written.map_err(|error| Error::io(error, format!("can't be written at {at:#x}")))
+    };
+    // Each is right alone, and where they differ the trailing one counts: no barrier between them.
+    if footer.disk_type() != DiskType::Fixed {
+        write(0)?;
+    }
+    write(footers.trailing_at)
+}
+
+fn sync(storage: &dyn Storage) -> Result<()> {
+    storage.sync().map_err(|error| Error::io(error, "can't be synced"))
 }

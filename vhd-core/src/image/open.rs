@@ -41,6 +41,8 @@ pub struct OpenOptions {
     pub size: SizePolicy,
     /// Opens for writing what a saved state relies on.
     pub force: bool,
+    /// The saved state that relies on it, if there is one, is the caller's own: no reason to refuse.
+    pub owns_saved_state: bool,
     /// How long deferred metadata may wait for the background flush; `None` leaves it to the callers' flushes.
     pub background_flush: Option<Duration>,
 }
@@ -54,6 +56,7 @@ impl Default for OpenOptions {
             tolerant: false,
             size: SizePolicy::Current,
             force: false,
+            owns_saved_state: false,
             background_flush: Some(Duration::from_secs(3)),
         }
     }
@@ -98,7 +101,7 @@ fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result
     let mut file_len = found.footers.file_len;
     let mut meta = Meta::default();
     if options.writable {
-        if found.footer.saved_state() && !options.force {
+        if found.footer.saved_state() && !options.force && !options.owns_saved_state {
             fail!(
                 Refused,
                 "a virtual machine's saved state relies on it, so it is not opened for writing; discard that state, or use --force"

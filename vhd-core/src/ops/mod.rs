@@ -9,5 +9,6 @@ pub mod merge;
 pub mod repair;
 pub mod reparent;
 pub mod resize;
+pub mod saved_state;
 mod share;
 pub mod undo;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use super::merge::{self, MergeOptions, MergePlan};
+use super::saved_state;
 use crate::block::BlockDevice;
 use crate::chain::{Chain, ChainOptions, ChildOptions, UndoMember, UndoSession, create_child, find_children, uuid_of_file};
 use crate::error::{Error, ErrorKind, Result};
@@ -17,6 +18,8 @@ use crate::image::OpenOptions;
 use crate::intent::{self, Merge};
 use crate::progress::Progress;
 use crate::storage::{FileStorage, LockMode, folder_of};
+
+const RELIED_ON: &str = "a saved state of a virtual machine relies on it; restore or discard that, or use --force";
 
 /// What is known of the undo disk of one image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,7 +81,12 @@ pub fn plan_start(images: &[PathBuf], dir: Option<&Path>, chain: &ChainOptions) 
             return Err(Error::new(ErrorKind::InvalidInput, "would be the undo disk of two images").at(&undo));
         }
         // All that can be in the way of one is found before the first is made.
-        Chain::open(&image, &read_only(chain))?;
+        let opened = Chain::open(&image, &read_only(chain))?;
+        let noted = opened.layers()[0].image().is_some_and(|image| image.footer().saved_state());
+        if noted && !chain.image.force {
+            // With a child it could not be gone on from.
+            return Err(Error::new(ErrorKind::Refused, RELIED_ON).at(&image));
+        }
         let uuid = uuid_of_file(&image)?.filter(|uuid| *uuid != [0; 16] && !chain.image.force);
         if let Some(child) = uuid.and_then(|uuid| find_children(&image, uuid).into_iter().next()) {
             let message = format!(
@@ -205,6 +213,9 @@ fn held(
         if let Some(child) = find_children(&member.undo, uuid).first().filter(|_| !force) {
             let message = format!("is the parent of {}: use --force if that may be lost", child.display());
             return Err(Error::new(ErrorKind::Refused, message).at(&member.undo));
+        }
+        if !force && matches!(saved_state::of(&member.undo, chain), Ok(true)) {
+            return Err(Error::new(ErrorKind::Refused, RELIED_ON).at(&member.undo));
         }
         held.push((member.undo.clone(), file));
     }

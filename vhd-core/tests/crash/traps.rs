@@ -148,26 +148,46 @@ fn a_lost_bit_does_not_bring_its_data_back_when_a_neighbour_is_written() {
     }
 }
 
-#[test]
-fn an_image_that_gets_an_identifier_has_the_old_or_the_new_one_at_every_moment() {
+/// What a footer says of a change that was made or not.
+type Said = fn(&Footer) -> bool;
+
+/// Every state that a cut may leave of a change to a footer says the old or the new, opens, and reads as before.
+fn judge_change(change: impl Fn(&RecordingStorage), is_made: Said, open_options: &OpenOptions) {
     for name in ["used dynamic", "differencing", "fixed"] {
         let setup = setup(name);
-        let old = Footer::parse(setup.image.last_chunk().unwrap()).unwrap().uuid();
         let journal = Journal::new();
         let storage = RecordingStorage::new(setup.image.clone(), 0, &journal);
-        vhd_core::image::Image::set_uuid_of(&storage, [9; 16]).unwrap();
+        change(&storage);
         let before = read_all(&open(Arc::new(MemoryStorage::new(setup.image.clone())), &setup, &writable()).unwrap()).unwrap();
         let mut seen = std::collections::BTreeSet::new();
         crash_states(std::slice::from_ref(&setup.image), &journal.events(), Effort::default(), &mut |state| {
             let storage = Arc::new(MemoryStorage::new(state.files[0].clone()));
-            let opened = vhd_core::image::Image::open(Arc::clone(&storage) as _, "a.vhd".as_ref(), &OpenOptions::default());
-            seen.insert(opened.map_err(|error| error.to_string())?.footer().uuid());
-            let found = read_all(&open(storage, &setup, &writable()).map_err(|error| error.to_string())?).unwrap();
-            if found == before { Ok(()) } else { Err("its content changed".into()) }
+            let look = |options: &OpenOptions| {
+                vhd_core::image::Image::open(Arc::clone(&storage) as _, "a.vhd".as_ref(), options)
+                    .map_err(|error| error.to_string())
+            };
+            let found = is_made(look(&OpenOptions::default())?.footer());
+            seen.insert(found);
+            // What it says is what it says after it was opened for writing, which mends footers.
+            let mended = is_made(look(open_options)?.footer());
+            let content = read_all(&open(storage, &setup, open_options).map_err(|error| error.to_string())?).unwrap();
+            if content == before && mended == found { Ok(()) } else { Err("it changed".into()) }
         })
         .unwrap();
-        assert_eq!(seen, [old, [9; 16]].into(), "{name}");
+        assert_eq!(seen, [false, true].into(), "{name}");
     }
+}
+
+#[test]
+fn an_image_that_gets_an_identifier_has_the_old_or_the_new_one_at_every_moment() {
+    let change = |storage: &RecordingStorage| vhd_core::image::Image::set_uuid_of(storage, [9; 16]).unwrap();
+    judge_change(change, |footer| footer.uuid() == [9; 16], &writable());
+}
+
+#[test]
+fn an_image_that_is_marked_for_a_saved_state_has_the_mark_or_not_at_every_moment() {
+    let change = |storage: &RecordingStorage| vhd_core::image::Image::set_saved_state_of(storage, true).unwrap();
+    judge_change(change, Footer::saved_state, &OpenOptions { owns_saved_state: true, ..writable() });
 }
 
 /// A device: a file that can't grow.

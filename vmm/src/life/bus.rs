@@ -2,6 +2,8 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::devices::{Ports, Request};
 use crate::kvm::Bus;
 use crate::layout::DISKS;
@@ -11,6 +13,8 @@ use crate::virtio::mmio::{self, Registers};
 pub struct Devices {
     pub ports: Ports,
     pub disks: Vec<Mutex<Registers>>,
+    /// The line on which it is told that it was pressed.
+    pub power_button: EventFd,
 }
 
 impl Devices {

@@ -11,6 +11,7 @@ use vhd_service::control::{EXTENSION, Handler, Request};
 use vhd_service::runtime;
 
 use super::{Command, Machine};
+use crate::config::ConfigFile;
 
 /// Names of snapshots that are tried for a disk at most.
 const MAX_SNAPSHOTS: u32 = 9999;
@@ -55,6 +56,8 @@ impl Machine {
                 "queues": disk.options.queues.max(1),
                 "read_only": disk.options.read_only,
                 "serial": disk.options.serial,
+                "on_error": disk.options.policies.on_error.name(),
+                "on_no_space": disk.options.policies.on_no_space.name(),
             })
         });
         json!({
@@ -66,6 +69,7 @@ impl Machine {
             "memory": definition.memory,
             "kernel": definition.boot.kernel.as_ref().map(|kernel| kernel.to_string_lossy()),
             "command_line": definition.boot.command_line,
+            "config": definition.config_file.as_ref().map(|file| file.to_string_lossy()),
             "disks": disks.collect::<Vec<_>>(),
         })
     }
@@ -75,7 +79,7 @@ impl Machine {
     /// # Errors
     /// As [`snapshot_all`]; none has a new leaf then.
     pub fn snapshot(&self) -> Result<Vec<PathBuf>, Error> {
-        self.standing_still(|disks| {
+        let (leaves, paths) = self.standing_still(|disks| {
             let written: Vec<_> = disks.iter().filter(|disk| !disk.live.disk().capabilities().read_only).collect();
             let leaves: Vec<_> = written.iter().map(|disk| disk.live.leaf()).collect();
             let paths = free_names(&leaves)?;
@@ -89,8 +93,29 @@ impl Machine {
                 })
                 .collect();
             snapshot_all(&new)?;
-            Ok(paths)
-        })
+            Ok((leaves, paths))
+        })?;
+        if let Err(error) = self.follow(&leaves, &paths) {
+            tracing::warn!("the configuration still names the old leaves: {error}");
+        }
+        let message = format!("{} disks have new leaves", paths.len());
+        self.0.shared.events.note("snapshot", self.name(), message);
+        Ok(paths)
+    }
+
+    /// Lets the configuration name the new leaves: the old ones are not to be written to any more.
+    fn follow(&self, old: &[PathBuf], new: &[PathBuf]) -> Result<(), Error> {
+        let Some(path) = &self.definition().config_file else { return Ok(()) };
+        let mut file = ConfigFile::open(path)?;
+        let mut config = file.read()?;
+        for disk in &mut config.disks {
+            let same = |leaf: &&PathBuf| leaf.canonicalize().ok() == disk.image.canonicalize().ok();
+            if let Some(leaf) = old.iter().position(|leaf| same(&leaf)) {
+                disk.image.clone_from(&new[leaf]);
+            }
+        }
+        file.write(&config)?;
+        file.save(false)
     }
 }
 

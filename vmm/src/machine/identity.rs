@@ -3,15 +3,19 @@
 use std::time::UNIX_EPOCH;
 
 use crc::{CRC_32_ISO_HDLC, Crc};
+use vhd_core::chain::Layer;
 use vhd_core::format::DiskType;
 use vhd_core::storage::{FileStorage, Storage};
 use vhd_core::{Error, ErrorKind};
 
 use super::MachineDisk;
-use crate::saved::DiskIdentity;
+use crate::saved::{DiskIdentity, LayerIdentity};
 
 /// Bytes at the start of a leaf that hold its footer's copy, its header and most of its BAT.
 const METADATA: u64 = 4 << 20;
+/// Where a footer has the note that a saved state relies on it, which comes and goes with that, and its checksum.
+const SAVED_STATE: usize = 84;
+const CHECKSUM: std::ops::Range<usize> = 64..68;
 
 /// Makes everything durable that was written, and tells what each disk is then.
 pub fn settle(disks: &[MachineDisk]) -> Result<Vec<DiskIdentity>, Error> {
@@ -21,20 +25,28 @@ pub fn settle(disks: &[MachineDisk]) -> Result<Vec<DiskIdentity>, Error> {
 fn identity_of(disk: &MachineDisk) -> Result<DiskIdentity, Error> {
     let handle = disk.live.disk();
     handle.close()?;
-    let leaf = disk.live.leaf();
-    let footer = disk.live.with_chain(|chain| Ok(chain.layers()[0].image().map(|image| image.footer().clone())))?;
-    let failed = |error| Error::io(error, "can't be examined").at(&leaf);
-    let found = leaf.metadata().map_err(failed)?;
+    let layers = disk.live.with_chain(|chain| chain.layers().iter().map(layer_of).collect::<Result<Vec<_>, _>>())?;
+    Ok(DiskIdentity { size: handle.size(), layers })
+}
+
+fn layer_of(layer: &Layer) -> Result<LayerIdentity, Error> {
+    let (path, footer) = (layer.path(), layer.image().map(|image| image.footer()));
+    let failed = |error| Error::io(error, "can't be examined").at(path);
+    let found = path.metadata().map_err(failed)?;
     let modified = found.modified().map_err(failed)?.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
     // A fixed disk has no metadata at its start; its footer is where the file ends.
-    let is_sparse = footer.as_ref().is_some_and(|footer| footer.disk_type() != DiskType::Fixed);
+    let is_sparse = footer.is_some_and(|footer| footer.disk_type() != DiskType::Fixed);
     let end = found.len();
-    let range = if is_sparse { 0..METADATA.min(end) } else { end.saturating_sub(512)..end };
+    // Of two footers one is enough.
+    let range = if is_sparse { 0..METADATA.min(end.saturating_sub(512)) } else { end.saturating_sub(512)..end };
     let mut bytes = vec![0; (range.end - range.start) as usize];
-    FileStorage::open(&leaf, false)?.read_at(&mut bytes, range.start).map_err(failed)?;
-    Ok(DiskIdentity {
+    FileStorage::open(path, false)?.read_at(&mut bytes, range.start).map_err(failed)?;
+    if bytes.starts_with(b"conectix") && bytes.len() > SAVED_STATE {
+        bytes[CHECKSUM].fill(0);
+        bytes[SAVED_STATE] = 0;
+    }
+    Ok(LayerIdentity {
         uuid: footer.map_or([0; 16], |footer| footer.uuid()),
-        size: handle.size(),
         metadata: Crc::<u32>::new(&CRC_32_ISO_HDLC).checksum(&bytes),
         file_size: end,
         modified,
@@ -48,10 +60,11 @@ pub fn check(saved: &[DiskIdentity], here: &[DiskIdentity], disks: &[MachineDisk
         return Err(Error::new(ErrorKind::Refused, message));
     }
     for ((was, is), disk) in saved.iter().zip(here).zip(disks) {
-        let what = if was.uuid != is.uuid || was.size != is.size {
+        let leaf = |identity: &DiskIdentity| identity.layers.first().map(|layer| layer.uuid);
+        let what = if leaf(was) != leaf(is) || was.size != is.size {
             "is another disk than the one that the guest was saved with"
         } else if was != is {
-            "was changed since the guest was saved"
+            "was changed since the guest was saved, or a parent of it"
         } else {
             continue;
         };

@@ -5,6 +5,8 @@ mod control;
 mod hook;
 mod identity;
 mod incidents;
+mod saving;
+mod serial;
 mod state;
 
 use std::path::{Path, PathBuf};
@@ -20,11 +22,12 @@ use vhd_service::space::Watch;
 pub use console::SharedConsole;
 pub use control::{running, socket_of};
 pub use hook::run_at_events;
+pub use saving::discard_state;
+pub use serial::{SerialSocket, SerialWriter};
 pub use state::{Command, Reason, State};
 
 use crate::life::{Hardware, Incident, Life, Reporter, StartError};
 use crate::loader::Boot;
-use crate::memory::Memory;
 use crate::virtio::block::{Block, BlockOptions};
 
 /// How long input waits for a port that is busy.
@@ -59,6 +62,8 @@ pub struct Definition {
     pub state_file: Option<PathBuf>,
     /// Whether the threads that the guest speaks to are fenced in: see [`crate::sandbox`].
     pub sandbox: bool,
+    /// The configuration that it is of: after a snapshot it names the new leaves.
+    pub config_file: Option<PathBuf>,
 }
 
 /// A machine. A cheap clone; the guest ends when the last one is dropped.
@@ -173,6 +178,7 @@ impl Machine {
             Command::Save => self.0.shared.save(&mut inner)?,
             Command::Restore => self.0.shared.restore(&mut inner)?,
             Command::DiscardState => self.0.shared.discard(&mut inner)?,
+            Command::Shutdown => self.0.shared.press_power_button(&inner)?,
         }
         Ok(())
     }
@@ -247,65 +253,6 @@ impl Shared {
         }
     }
 
-    fn state_file(&self) -> Result<&Path, Error> {
-        let missing =
-            || Error::new(ErrorKind::InvalidInput, "has no place for a saved state").at(Path::new(&self.definition.name));
-        self.definition.state_file.as_deref().ok_or_else(missing)
-    }
-
-    /// Puts the guest into a file. It goes on as it was where that fails.
-    fn save(&self, inner: &mut Inner) -> Result<(), Error> {
-        let file = self.state_file()?;
-        let Some(life) = &inner.life else { return Ok(()) };
-        life.pause();
-        let saved = identity::settle(&self.definition.disks).and_then(|identities| life.save(file, identities));
-        if let Err(error) = saved {
-            if inner.state == State::Running {
-                life.resume();
-            }
-            return Err(error.at(file));
-        }
-        inner.life = None;
-        inner.full = None;
-        self.events.note("saved", &self.definition.name, format!("the guest is in {}", file.display()));
-        self.set(inner, State::Saved);
-        Ok(())
-    }
-
-    /// Goes on from the file, which is gone then. It stays where that fails.
-    fn restore(&self, inner: &mut Inner) -> Result<(), Error> {
-        let file = self.state_file()?;
-        let here = identity::settle(&self.definition.disks)?;
-        let (state, memory) = crate::saved::read(file, |state| {
-            identity::check(&state.identities, &here, &self.definition.disks)?;
-            if state.memory != self.hardware.memory {
-                let (was, is) = (state.memory, self.hardware.memory);
-                let message = format!("is of a machine with {was} bytes of memory, and this one has {is}");
-                return Err(Error::new(ErrorKind::InvalidInput, message).at(file));
-            }
-            Memory::new(state.memory).map_err(|error| Error::io(error, "has memory that can't be had").at(file))
-        })?;
-        inner.lives += 1;
-        let reporter = Reporter { life: inner.lives, to: self.reports.clone() };
-        let life = Life::restore(&self.hardware, &state, &memory, self.console.writer(), reporter);
-        let life = life.map_err(|error| start_error(&error).at(file))?;
-        // A guest goes on once: with its disks written, the state would be another's.
-        std::fs::remove_file(file).map_err(|error| Error::io(error, "can't be removed").at(file))?;
-        life.resume();
-        inner.life = Some(life);
-        self.events.note("restored", &self.definition.name, "the guest goes on from where it was saved");
-        self.set(inner, State::Running);
-        Ok(())
-    }
-
-    fn discard(&self, inner: &mut Inner) -> Result<(), Error> {
-        let file = self.state_file()?;
-        std::fs::remove_file(file).map_err(|error| Error::io(error, "can't be removed").at(file))?;
-        self.events.note("discarded", &self.definition.name, "the saved guest is forgotten");
-        self.set(inner, State::Off);
-        Ok(())
-    }
-
     fn pause(&self, inner: &mut Inner, reason: Reason) {
         if let Some(life) = &inner.life {
             life.pause();
@@ -318,6 +265,14 @@ impl Shared {
             self.events.warn("paused", name, message)
         }
         self.set(inner, State::Paused(reason));
+    }
+
+    /// Asks the guest to turn itself off; it may take its time, or not listen.
+    fn press_power_button(&self, inner: &Inner) -> Result<(), Error> {
+        let Some(life) = &inner.life else { return Ok(()) };
+        life.press_power_button().map_err(|error| Error::io(error, "the power button is stuck"))?;
+        self.events.note("shutdown", &self.definition.name, "the guest is asked to turn itself off");
+        Ok(())
     }
 
     fn resume(&self, inner: &mut Inner) {

@@ -49,12 +49,23 @@ pub enum Command {
     Restore,
     /// Forget the file.
     DiscardState,
+    /// Ask the guest to turn itself off, as by its power button.
+    Shutdown,
 }
 
 impl Command {
     /// All of them.
-    pub const ALL: [Self; 8] =
-        [Self::Start, Self::Pause, Self::Resume, Self::Reset, Self::Off, Self::Save, Self::Restore, Self::DiscardState];
+    pub const ALL: [Self; 9] = [
+        Self::Start,
+        Self::Pause,
+        Self::Resume,
+        Self::Reset,
+        Self::Off,
+        Self::Save,
+        Self::Restore,
+        Self::DiscardState,
+        Self::Shutdown,
+    ];
 
     /// Its word, on the command line and the control socket.
     #[must_use]
@@ -68,6 +79,7 @@ impl Command {
             Self::Save => "save",
             Self::Restore => "restore",
             Self::DiscardState => "discard-state",
+            Self::Shutdown => "shutdown",
         }
     }
 
@@ -104,10 +116,10 @@ impl State {
     /// Whether a command can be done now.
     #[must_use]
     pub fn allows(&self, command: Command) -> bool {
-        use Command::{DiscardState, Off, Pause, Reset, Restore, Resume, Save, Start};
+        use Command::{DiscardState, Off, Pause, Reset, Restore, Resume, Save, Shutdown, Start};
         let allowed: &[Command] = match self {
             Self::Off => &[Start],
-            Self::Running => &[Pause, Reset, Off, Save],
+            Self::Running => &[Pause, Reset, Off, Save, Shutdown],
             Self::Paused(_) => &[Resume, Reset, Off, Save],
             Self::Saved => &[Restore, DiscardState],
             Self::Faulted(_) => &[Reset, Off],

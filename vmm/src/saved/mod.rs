@@ -20,7 +20,7 @@ use crate::memory::Memory;
 use crate::virtio::mmio::DiskState;
 
 const MAGIC: [u8; 8] = *b"VHDSAVED";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Bytes of a section's content at most.
 const MAX_SECTION: u64 = 8 << 20;
 const CRC: Crc<u32> = Crc::<u32>::new(&CRC_32_ISO_HDLC);
@@ -28,15 +28,22 @@ const CRC: Crc<u32> = Crc::<u32>::new(&CRC_32_ISO_HDLC);
 /// What a disk was when the guest was saved: it must be the same to go on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskIdentity {
-    /// The leaf's UUID.
-    pub uuid: [u8; 16],
     /// Bytes of the disk.
     pub size: u64,
-    /// CRC of the leaf's footer, header and BAT.
+    /// Its layers, leaf first.
+    pub layers: Vec<LayerIdentity>,
+}
+
+/// What a layer of a disk was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerIdentity {
+    /// Its UUID.
+    pub uuid: [u8; 16],
+    /// CRC of its footer, header and BAT.
     pub metadata: u32,
-    /// Bytes of the leaf's file.
+    /// Bytes of its file.
     pub file_size: u64,
-    /// When the leaf's file was last written, in nanoseconds since 1970.
+    /// When its file was last written, in nanoseconds since 1970.
     pub modified: u128,
 }
 
@@ -84,7 +91,8 @@ fn write_section(to: &mut impl Write, tag: [u8; 4], content: &[u8]) -> io::Resul
 pub fn write(path: &Path, state: &SavedState, memory: &Memory) -> Result<(), Error> {
     let failed = |error: io::Error| Error::io(error, "the state can't be written").at(path);
     let folder = vhd_core::storage::folder_of(path);
-    let passing = folder.join(format!(".{}.passing", std::process::id()));
+    // One name, so that what a killed process left is not there for ever.
+    let passing = folder.join(format!(".{}.passing", path.file_name().unwrap_or_default().to_string_lossy()));
     let written = (|| {
         let mut file = BufWriter::new(File::create(&passing)?);
         file.write_all(&MAGIC)?;
@@ -100,45 +108,65 @@ pub fn write(path: &Path, state: &SavedState, memory: &Memory) -> Result<(), Err
     written.map_err(failed).inspect_err(|_| drop(std::fs::remove_file(&passing)))
 }
 
-/// Reads a state; `memory_of` gives the memory to fill, once it is known how much.
-///
-/// # Errors
-/// `Corrupt` where a section is cut or changed, `Unsupported` for another version; as `memory_of` fails.
-pub fn read(path: &Path, memory_of: impl FnOnce(&SavedState) -> Result<Memory, Error>) -> Result<(SavedState, Memory), Error> {
-    let corrupt = |what: &str| Error::new(ErrorKind::Corrupt, format!("{what}; the saved state can't be gone on from")).at(path);
-    let failed = |error: io::Error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => corrupt("ends too early"),
-        io::ErrorKind::InvalidData => corrupt(&error.to_string()),
-        _ => Error::io(error, "can't be read").at(path),
-    };
-    let mut file = BufReader::new(File::open(path).map_err(failed)?);
+/// Reads the machine's part of a state, and leaves the file where memory begins.
+fn read_start(path: &Path) -> Result<(SavedState, BufReader<File>), Error> {
+    let mut file = BufReader::new(File::open(path).map_err(|error| failed(path, error))?);
     let mut start = [0; 12];
-    file.read_exact(&mut start).map_err(failed)?;
+    file.read_exact(&mut start).map_err(|error| failed(path, error))?;
     if start[..8] != MAGIC {
-        return Err(corrupt("is no saved state: it does not begin with VHDSAVED"));
+        return Err(corrupt(path, "is no saved state: it does not begin with VHDSAVED"));
     }
     if start[8..] != VERSION.to_le_bytes() {
         let message = format!("is a saved state of another version than {VERSION}, which is the one that is known here");
         return Err(Error::new(ErrorKind::Unsupported, message).at(path));
     }
-    let (tag, content) = read_section(&mut file).map_err(failed)?;
+    let (tag, content) = read_section(&mut file).map_err(|error| failed(path, error))?;
     if tag != *b"stat" {
-        return Err(corrupt("does not begin with the machine's state"));
+        return Err(corrupt(path, "does not begin with the machine's state"));
     }
-    let state: SavedState = postcard::from_bytes(&content).map_err(|_| corrupt("its machine's state is not understood"))?;
+    let state = postcard::from_bytes(&content).map_err(|_| corrupt(path, "its machine's state is not understood"))?;
+    Ok((state, file))
+}
+
+fn corrupt(path: &Path, what: &str) -> Error {
+    Error::new(ErrorKind::Corrupt, format!("{what}; the saved state can't be gone on from")).at(path)
+}
+
+fn failed(path: &Path, error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => corrupt(path, "ends too early"),
+        io::ErrorKind::InvalidData => corrupt(path, &error.to_string()),
+        _ => Error::io(error, "can't be read").at(path),
+    }
+}
+
+/// Which disks a state is of.
+///
+/// # Errors
+/// As [`read`].
+pub fn disks_of(path: &Path) -> Result<Vec<DiskIdentity>, Error> {
+    Ok(read_start(path)?.0.identities)
+}
+
+/// Reads a state; `memory_of` gives the memory to fill, once it is known how much.
+///
+/// # Errors
+/// `Corrupt` where a section is cut or changed, `Unsupported` for another version; as `memory_of` fails.
+pub fn read(path: &Path, memory_of: impl FnOnce(&SavedState) -> Result<Memory, Error>) -> Result<(SavedState, Memory), Error> {
+    let (state, mut file) = read_start(path)?;
     let memory = memory_of(&state)?;
     let mut sections: u64 = 1;
     loop {
-        let (tag, content) = read_section(&mut file).map_err(failed)?;
+        let (tag, content) = read_section(&mut file).map_err(|error| failed(path, error))?;
         match &tag {
-            b"memo" => memory::restore(&memory, &content).map_err(failed)?,
+            b"memo" => memory::restore(&memory, &content).map_err(|error| failed(path, error))?,
             b"end " if content == sections.to_le_bytes() => break,
-            _ => return Err(corrupt("has a section that does not belong there")),
+            _ => return Err(corrupt(path, "has a section that does not belong there")),
         }
         sections += 1;
     }
-    if file.read(&mut [0]).map_err(failed)? != 0 {
-        return Err(corrupt("goes on behind its end"));
+    if file.read(&mut [0]).map_err(|error| failed(path, error))? != 0 {
+        return Err(corrupt(path, "goes on behind its end"));
     }
     Ok((state, memory))
 }

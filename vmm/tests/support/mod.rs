@@ -102,8 +102,9 @@ pub fn make_disk(folder: &Path, name: &str, kind: Kind, size: u64) -> PathBuf {
     path
 }
 
+/// Opens a disk as the machine's that a saved state may be of.
 pub fn open(path: &Path) -> LiveDisk {
-    let image = OpenOptions { writable: true, ..OpenOptions::default() };
+    let image = OpenOptions { writable: true, owns_saved_state: true, ..OpenOptions::default() };
     LiveDisk::open(path, &ChainOptions { image, ..ChainOptions::default() }).unwrap()
 }
 
@@ -113,8 +114,17 @@ pub fn attached(path: &Path, options: BlockOptions) -> MachineDisk {
 
 pub fn definition(command_line: &str, disks: Vec<MachineDisk>) -> Definition {
     let boot = Boot { kernel: Some(guest().to_owned()), initrd: None, command_line: command_line.to_owned() };
-    let (low_space, state_file) = (0, None);
-    Definition { name: "tested".into(), cpus: 1, memory: 16 << 20, boot, disks, low_space, state_file, sandbox: true }
+    Definition {
+        name: "tested".into(),
+        cpus: 1,
+        memory: 16 << 20,
+        boot,
+        disks,
+        low_space: 0,
+        state_file: None,
+        config_file: None,
+        sandbox: true,
+    }
 }
 
 /// A machine that is off, and what it says.

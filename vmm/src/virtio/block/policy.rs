@@ -11,6 +11,17 @@ pub enum Policy {
     Pause,
 }
 
+impl Policy {
+    /// Its word.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Report => "report",
+            Self::Pause => "pause",
+        }
+    }
+}
+
 /// One policy for each sort of failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policies {
