@@ -280,7 +280,7 @@ fn lies_in_a_gpt_are_told_in_a_file_and_what_is_good_of_it_is_shown() {
         ("gone", "there is none", &[]),
     ];
     for (kind, told, shown) in lies {
-        fs::File::create(&raw).unwrap().set_len(64 << 20).unwrap();
+        File::create(&raw).unwrap().set_len(64 << 20).unwrap();
         run("sgdisk", &["-n1:2048:40959", "-n2:40960:81919", file]);
         run("python3", &["-c", LIE, file, kind]);
         done(folder, &format!("convert raw {kind}.vhd"));
