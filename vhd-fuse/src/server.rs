@@ -24,7 +24,8 @@ pub(crate) fn identity_of(target: &Path) -> io::Result<Option<String>> {
     let mut value = [0; 64];
     match rustix::fs::getxattr(target, ATTRIBUTE, &mut value[..]) {
         Ok(len) => Ok(Some(String::from_utf8_lossy(&value[..len]).into_owned())),
-        Err(error) if error == rustix::io::Errno::NOTCONN => Err(error.into()),
+        // The second when it dies while it is asked.
+        Err(rustix::io::Errno::NOTCONN | rustix::io::Errno::CONNABORTED) => Err(io::ErrorKind::NotConnected.into()),
         // Most likely another user's mount, which the kernel hides from root too.
         Err(_) => Ok(None),
     }
