@@ -42,7 +42,7 @@ impl Server {
         let mut command = vhd_in(folder);
         command.args(["mount", image, "disk", "--foreground"]).stdout(Stdio::null());
         let server = Self { process: command.spawn().unwrap(), target };
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !server.file().exists() {
             assert!(Instant::now() < deadline, "the mount does not come");
             sleep(Duration::from_millis(5));

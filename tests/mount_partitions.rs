@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 
 use nix::unistd::{Whence, lseek};
 use support::mounts::{Cleanup, possible, wait_until, wait_until_free};
-use support::{done, noise, project, refused, run, search_path};
+use support::{done, json, noise, project, refused, run, search_path};
 use tempfile::TempDir;
 
 /// A tree of this project's files, with some that are large or have odd names.
@@ -33,7 +33,7 @@ fn assert_same(a: &Path, b: &Path) {
 }
 
 /// Bytes of a large file that is removed again.
-const RUBBISH: usize = 16 << 20;
+const RUBBISH: usize = 24 << 20;
 
 /// Bytes of a file that are no hole.
 fn data_in(path: &str) -> u64 {
@@ -57,10 +57,13 @@ fn use_it(folder: &Path, partition: &str, tree: &Path, by: &str, trims: bool) {
         assert!(output.status.success() && said.starts_with(by), "{partition}: {document}");
         document["file"].as_str().unwrap().to_owned()
     };
-    let disk = mounted("");
+    let blocks = || json(folder, "info a.vhd", 0)["blocks_allocated"].as_u64().unwrap();
+    mounted("");
     run("cp", &["-r", &format!("{}/.", tree.display()), files.to_str().unwrap()]);
     fs::write(files.join("rubbish"), noise(9, RUBBISH)).unwrap();
-    run("sync", &["-f", files.to_str().unwrap()]);
+    done(folder, "unmount files");
+    let blocks_before = blocks();
+    let disk = mounted("");
     let used = data_in(&disk);
     fs::remove_file(files.join("rubbish")).unwrap();
     run("sync", &["-f", files.to_str().unwrap()]);
@@ -72,6 +75,10 @@ fn use_it(folder: &Path, partition: &str, tree: &Path, by: &str, trims: bool) {
         });
     }
     done(folder, "unmount files");
+    if trims {
+        let (before, after) = (blocks_before, blocks());
+        assert!(after + 6 <= before, "{partition}: {before} blocks of 2 MiB before, {after} after");
+    }
     mounted("--read-only");
     assert_same(tree, &files);
     fs::write(files.join("no"), "").unwrap_err();
@@ -273,7 +280,7 @@ fn lies_in_a_gpt_are_told_in_a_file_and_what_is_good_of_it_is_shown() {
         ("gone", "there is none", &[]),
     ];
     for (kind, told, shown) in lies {
-        fs::File::create(&raw).unwrap().set_len(64 << 20).unwrap();
+        File::create(&raw).unwrap().set_len(64 << 20).unwrap();
         run("sgdisk", &["-n1:2048:40959", "-n2:40960:81919", file]);
         run("python3", &["-c", LIE, file, kind]);
         done(folder, &format!("convert raw {kind}.vhd"));

@@ -10,7 +10,7 @@ mod support;
 
 use std::fs;
 
-use support::mounts::{User, possible};
+use support::mounts::{User, possible, wait_until};
 use support::text;
 
 /// What every test here needs.
@@ -116,4 +116,23 @@ fn others_see_what_is_allowed_and_root_unmounts_it() {
     user.does("vhd mount a.vhd disk");
     support::done(&user.home(), "unmount disk");
     user.does("test -z \"$(ls disk)\"");
+}
+
+#[test]
+fn a_server_that_is_stopped_or_killed_is_named_given_up_and_cleared() {
+    if !possible(TOOLS) {
+        return;
+    }
+    let user = User::new(false);
+    let pid = "pid=$(sed -n 's/.*\"pid\": \\([0-9]*\\).*/\\1/p' told)";
+    user.does("vhd create a.vhd --size 64M && printf kept | vhd write a.vhd --offset 0");
+    let mount = format!("vhd mount --json a.vhd disk > told && {pid}");
+    user.does(&format!("{mount} && kill -KILL $pid && vhd unmount disk && test -z \"$(ls disk)\""));
+    let output = user.tries(&format!("{mount} && kill -STOP $pid && vhd unmount disk"));
+    let said = text(&output.stderr);
+    let pid_said = user.does(&format!("{pid} && echo $pid"));
+    assert!(!output.status.success() && said.contains(&format!("kill -CONT {}", pid_said.trim())), "{said}");
+    user.does(&format!("{pid} && vhd unmount --force disk && kill -CONT $pid && test -z \"$(ls disk)\""));
+    wait_until("the image is free", || user.tries("vhd write a.vhd --offset 0 < /dev/null").status.success());
+    user.does("test \"$(vhd read a.vhd --offset 0 --length 4)\" = kept");
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use vhd_core::chain::{Chain, UndoSession};
@@ -60,7 +60,7 @@ impl UnmountArgs {
         if self.force {
             vhd_fuse::unmount(&self.target, true, &mut |_| {})?;
         } else {
-            self.watch_worker()?;
+            self.watch_worker(&image)?;
         }
         if ends_session {
             self.end_session(&image, context)?;
@@ -81,14 +81,14 @@ impl UnmountArgs {
 
     /// Lets this command, run once more, unmount, and gives it up when the server is stopped: a process that waits for
     /// a stopped server can't even be killed, so that must not be this one.
-    fn watch_worker(&self) -> Result<(), Error> {
+    fn watch_worker(&self, image: &Path) -> Result<(), Error> {
         let failed = |error: io::Error| Error::io(error, "can't start the process that unmounts it").at(&self.target);
         let mut command = mount::same_command("--worker").map_err(failed)?;
         // What it says goes through this process, for whoever waits for the end of a pipe must not wait for the worker.
         let mut worker = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().map_err(failed)?;
         let stderr = worker.stderr.take();
         let said = thread::spawn(move || stderr.map(|mut stderr| io::copy(&mut stderr, &mut io::stderr())));
-        let rest = match self.watch(&mut worker) {
+        let rest = match self.watch(&mut worker, image) {
             Ok(rest) => rest,
             Err(error) => {
                 let _ = worker.kill();
@@ -106,7 +106,7 @@ impl UnmountArgs {
     }
 
     /// Waits until the worker has ended, for as long as its server runs. Returns what else it wrote to its stdout.
-    fn watch(&self, worker: &mut Child) -> Result<String, Error> {
+    fn watch(&self, worker: &mut Child, image: &Path) -> Result<String, Error> {
         let (tell, told) = mpsc::channel();
         let stdout = worker.stdout.take();
         thread::spawn(move || {
@@ -115,26 +115,30 @@ impl UnmountArgs {
             let _ = lines.map(|line| tell.send(line)).take_while(Result::is_ok).count();
         });
         let mut rest = String::new();
+        let began = Instant::now();
+        let mut has_answered = false;
         let mut server = None;
-        let mut patience = ANSWER;
         loop {
-            match told.recv_timeout(patience) {
+            match told.recv_timeout(LOOK) {
                 Ok(line) => match line.strip_prefix(SERVER) {
-                    Some(identity) => (server, patience) = (Server::find(identity), LOOK),
+                    Some(identity) => (server, has_answered) = (Server::find(identity), true),
                     None => rest.extend([line.as_str(), "\n"]),
                 },
                 Err(RecvTimeoutError::Disconnected) => return Ok(rest),
-                Err(RecvTimeoutError::Timeout) if patience == ANSWER => {
+                Err(RecvTimeoutError::Timeout) if has_answered => {
+                    let runs = server.as_ref().map_or(Ok(()), Server::check_runs);
+                    runs.map_err(|error| error.at(&self.target))?;
+                }
+                Err(RecvTimeoutError::Timeout) if began.elapsed() < ANSWER => {
+                    vhd_fuse::check_servers_run(image).map_err(|error| error.at(&self.target))?;
+                }
+                Err(RecvTimeoutError::Timeout) => {
                     let message = format!(
                         "its server did not answer within {} s: let it go on (kill -CONT) if it is stopped, or give up what it \
                          has not written with vhd unmount --force",
                         ANSWER.as_secs()
                     );
                     return Err(Error::new(ErrorKind::Refused, message).at(&self.target));
-                }
-                Err(RecvTimeoutError::Timeout) => {
-                    let runs = server.as_ref().map_or(Ok(()), Server::check_runs);
-                    runs.map_err(|error| error.at(&self.target))?;
                 }
             }
         }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// How long a mount may take to appear or to go.
-const MOUNT_PATIENCE: Duration = Duration::from_secs(10);
+const MOUNT_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A tool found on PATH.
 #[derive(Clone, Debug)]

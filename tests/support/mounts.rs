@@ -33,7 +33,7 @@ fn is_there(tool: &str) -> bool {
 pub fn wait_until(what: &str, is_so: impl Fn() -> bool) {
     let began = Instant::now();
     while !is_so() {
-        assert!(began.elapsed() < Duration::from_secs(20), "waited in vain until {what}");
+        assert!(began.elapsed() < Duration::from_secs(60), "waited in vain until {what}");
         sleep(Duration::from_millis(20));
     }
 }

@@ -28,7 +28,7 @@ mod view;
 pub use contents::{Contents, PROBLEMS_FILE};
 pub use mounted::{Mounted, mount};
 pub use options::{MountOptions, users_may_allow_other};
-pub use server::Server;
+pub use server::{Server, check_servers_run};
 pub use signals::StopSignals;
 pub use unmount::{Told, Unmounted, image_at, unmount};
 

@@ -24,7 +24,8 @@ pub(crate) fn identity_of(target: &Path) -> io::Result<Option<String>> {
     let mut value = [0; 64];
     match rustix::fs::getxattr(target, ATTRIBUTE, &mut value[..]) {
         Ok(len) => Ok(Some(String::from_utf8_lossy(&value[..len]).into_owned())),
-        Err(error) if error == rustix::io::Errno::NOTCONN => Err(error.into()),
+        // The second when it dies while it is asked.
+        Err(rustix::io::Errno::NOTCONN | rustix::io::Errno::CONNABORTED) => Err(io::ErrorKind::NotConnected.into()),
         // Most likely another user's mount, which the kernel hides from root too.
         Err(_) => Ok(None),
     }
@@ -58,24 +59,47 @@ impl Server {
     /// # Errors
     /// `Refused` when it is stopped, so that to wait for it would be for ever.
     pub fn check_runs(&self) -> Result<()> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        let is_stopped = stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']));
         // Where it has ended meanwhile, that was another process of its number.
-        if !is_stopped || self.wait(Some(Duration::ZERO)).unwrap_or(true) {
+        if !is_stopped(self.pid) || self.wait(Some(Duration::ZERO)).unwrap_or(true) {
             return Ok(());
         }
-        let pid = self.pid;
-        let message = format!(
-            "process {pid}, which serves it, is stopped; let it go on with kill -CONT {pid}, or give up what it has not written with \
-             vhd unmount --force"
-        );
-        Err(Error::new(ErrorKind::Refused, message))
+        Err(refused(self.pid))
     }
 
     /// Waits until it has ended; false when it has not within `timeout`.
     pub(crate) fn wait(&self, timeout: Option<Duration>) -> io::Result<bool> {
         wait_readable(&[PollFd::new(&self.handle, PollFlags::IN)], timeout)
     }
+}
+
+/// For a mount that does not answer, so that nobody can say who serves it.
+///
+/// # Errors
+/// `Refused` when a process is stopped that has the image open, and FUSE's device.
+pub fn check_servers_run(image: &Path) -> Result<()> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let mut numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let stopped = numbers.find(|pid| is_stopped(*pid) && has_open(*pid, &[image, Path::new("/dev/fuse")]));
+    stopped.map_or(Ok(()), |pid| Err(refused(pid)))
+}
+
+fn refused(pid: u32) -> Error {
+    let message = format!(
+        "process {pid}, which serves it, is stopped; let it go on with kill -CONT {pid}, or give up what it has not written with \
+         vhd unmount --force"
+    );
+    Error::new(ErrorKind::Refused, message)
+}
+
+fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']))
+}
+
+fn has_open(pid: u32, files: &[&Path]) -> bool {
+    let handles = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let open: Vec<_> = handles.filter_map(|handle| std::fs::read_link(handle.path()).ok()).collect();
+    files.iter().all(|file| open.iter().any(|open| open == file))
 }
 
 /// Waits until one of `handles` has something to say; false when none has within `timeout`.

@@ -77,7 +77,8 @@ pub fn unmount(target: &Path, force: bool, tell: &mut dyn FnMut(Told<'_>)) -> Re
     if let Some(inside) = &found.inside {
         detach(inside, Detach::Now)?;
         wait_for(server.as_ref(), target, tell)?;
-        let _ = std::fs::remove_dir(&found.place);
+        // A server that died meanwhile leaves it.
+        found.clear_place()?;
         return Ok(Unmounted { image });
     }
 
@@ -150,6 +151,11 @@ impl Found {
         if let Some(inside) = &self.inside {
             detach(inside, Detach::Lazily)?;
         }
+        self.clear_place()
+    }
+
+    /// Takes away what is left of ours, and the folder that was made for a file system's disk.
+    fn clear_place(&self) -> Result<()> {
         if mountinfo::at(&self.place).is_ok_and(|entry| entry.is_some_and(|entry| entry.kind == ours())) {
             detach(&self.place, Detach::Lazily)?;
         }

@@ -43,7 +43,7 @@ fn a_mount_in_use_is_taken_away_and_its_users_get_errors() {
     file.write_all_at(b"before", 0).unwrap();
     let started = Instant::now();
     fixture.mounted.end().unwrap();
-    assert!(started.elapsed() < Duration::from_secs(10));
+    assert!(started.elapsed() < Duration::from_secs(60));
     assert_eq!(fixture.memory.closes.load(Ordering::Relaxed), 1);
     assert!(is_empty(fixture.folder.path()));
     // The cache may still answer reads; nothing may be accepted for writing.
