@@ -18,7 +18,8 @@ use vhd_core::chain::{Chain, ChainOptions, Layer};
 use vhd_core::image::{Image, OpenOptions};
 use vhd_core::ops::check::{Code, Finding, Severity};
 use vhd_core::ops::repair::{Repair, RepairMode, plan, repair, undo_repair};
-use vhd_core::storage::{MemoryStorage, Storage};
+use vhd_core::intent::{InPlace, Intent, Work};
+use vhd_core::storage::{LocalHost, MemoryStorage, Storage};
 use vhd_core::{Disk, Error, ErrorKind};
 use vhd_testkit::crash::Effort;
 use vhd_testkit::tools::QemuImg;
@@ -166,43 +167,56 @@ fn sound(kind: u8) -> (Vec<u8>, Vec<std::ops::Range<u64>>) {
     (bytes, structures)
 }
 
+/// Bytes of a structure that are overwritten: which one, where in it, by what, and whether 32 of them.
+type Edit = (u32, u32, u8, bool);
+
+/// Fails unless a repair of the image with these edits gives a clean check and loses only what the plan said.
+fn judge_mutated(kind: u8, edits: &[Edit], summed: bool) -> Result<(), TestCaseError> {
+    let (sound, structures) = sound(kind);
+    let mut bytes = sound.clone();
+    for &(place, at, value, wipe) in edits {
+        let place = &structures[place as usize % structures.len()];
+        let at = (place.start + u64::from(at) % (place.end - place.start)) as usize;
+        let end = if wipe { (at + 32).min(place.end as usize) } else { at + 1 };
+        bytes[at..end].fill(value);
+    }
+    if summed {
+        refresh_checksums(&mut bytes);
+    }
+    let case = Case { name: "mutated", expected: &[], deep: false, bytes, sound };
+    for mode in [RepairMode::Safe, RepairMode::All] {
+        let storage = Arc::new(MemoryStorage::new(case.bytes.clone()));
+        match plan(storage, Path::new(PATH), mode) {
+            // Nothing of a VHD is left: that is said, and nothing is done.
+            Err(error) => prop_assert_eq!(error.kind(), ErrorKind::NotVhd, "{}", error),
+            Ok(_) => {
+                let repair = judge_loss(&case, mode);
+                let unrepairable: Vec<_> = repair.after.iter().filter(|finding| finding.severity == Severity::Error).collect();
+                if mode == RepairMode::All {
+                    prop_assert!(unrepairable.iter().all(|finding| HOPELESS.contains(&finding.code)), "{:?}", unrepairable);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Each repair of a mutated image gives a clean check and loses only what the plan said.
     #[test]
     fn a_mutated_image_is_repaired_and_loses_only_what_was_said(
         kind in 1..5_u8,
         edits in prop::collection::vec((any::<u32>(), any::<u32>(), any::<u8>(), any::<bool>()), 1..2),
         summed in any::<bool>(),
     ) {
-        let (sound, structures) = sound(kind);
-        let mut bytes = sound.clone();
-        for (place, at, value, wipe) in edits {
-            let place = &structures[place as usize % structures.len()];
-            let at = (place.start + u64::from(at) % (place.end - place.start)) as usize;
-            let end = if wipe { (at + 32).min(place.end as usize) } else { at + 1 };
-            bytes[at..end].fill(value);
-        }
-        if summed {
-            refresh_checksums(&mut bytes);
-        }
-        let case = Case { name: "mutated", expected: &[], deep: false, bytes, sound };
-        for mode in [RepairMode::Safe, RepairMode::All] {
-            let storage = Arc::new(MemoryStorage::new(case.bytes.clone()));
-            match plan(storage, Path::new(PATH), mode) {
-                // Nothing of a VHD is left: that is said, and nothing is done.
-                Err(error) => prop_assert_eq!(error.kind(), ErrorKind::NotVhd, "{}", error),
-                Ok(_) => {
-                    let repair = judge_loss(&case, mode);
-                    let unrepairable: Vec<_> = repair.after.iter().filter(|finding| finding.severity == Severity::Error).collect();
-                    if mode == RepairMode::All {
-                        prop_assert!(unrepairable.iter().all(|finding| HOPELESS.contains(&finding.code)), "{:?}", unrepairable);
-                    }
-                }
-            }
-        }
+        judge_mutated(kind, &edits, summed)?;
     }
+}
+
+#[test]
+fn what_a_repair_writes_beyond_the_end_of_the_file_is_no_error() {
+    judge_mutated(3, &[(2_883_860_296, 1_201_415_555, 15, false)], false).unwrap();
 }
 
 /// What no repair can know: docs/repair.md says why.
@@ -253,6 +267,30 @@ fn what_was_repaired_and_written_since_is_not_taken_back_unasked() {
     *bytes.last_mut().unwrap() ^= 1;
     std::fs::write(&journal, bytes).unwrap();
     assert_error(&undo_repair(&path, true, &options(false)).unwrap_err(), ErrorKind::Corrupt, "is no undo journal");
+}
+
+/// A repair that was killed is taken back from the journal that its record names, whatever older ones there are; one whose
+/// taking back was killed after its record was gone, by the same call.
+#[test]
+fn a_repair_that_was_killed_is_taken_back_from_its_own_journal() {
+    let case = case_named("cut");
+    let (folder, path) = file_of(&case);
+    repair(&path, RepairMode::All, false, &options(false)).unwrap();
+    let journal = folder.path().join(JOURNAL);
+    let kept = std::fs::read(&journal).unwrap();
+    let intent = InPlace { uuid: None, work: Work::Repair(JOURNAL.into()) };
+    vhd_core::intent::put(&LocalHost, &path, &Intent::InPlace(intent)).unwrap();
+    // An older one with a higher number, of another content.
+    let older = folder.path().join(format!("{JOURNAL}.3"));
+    std::fs::write(&older, b"not this one").unwrap();
+    undo_repair(&path, false, &options(false)).unwrap();
+    assert!(std::fs::read(&path).unwrap() == case.bytes);
+    assert_eq!(files_of(folder.path()).into_keys().collect::<Vec<_>>(), [path.clone(), older.clone()]);
+    std::fs::remove_file(older).unwrap();
+    std::fs::write(&journal, kept).unwrap();
+    undo_repair(&path, false, &options(false)).unwrap();
+    assert!(std::fs::read(&path).unwrap() == case.bytes);
+    assert_eq!(files_of(folder.path()).len(), 1);
 }
 
 #[test]

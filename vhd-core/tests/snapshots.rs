@@ -48,14 +48,18 @@ impl Client {
         Self { live, history, frozen: Vec::new() }
     }
 
-    /// Writes runs of sectors: over others, to absent ones, to new blocks.
+    /// Writes two sectors over others and to absent ones, and one to a new block.
     fn write(&mut self, journal: &Journal, image: u32, write: u64) {
-        for lba in (write * 3..write * 3 + 5).chain(write * 11 % 60..write * 11 % 60 + 3) {
-            let content = Tag { image, lba, write }.sector();
-            let begun = journal.mark(1);
-            self.live.disk().write_at(&content, lba * 512).unwrap();
-            self.history.wrote(lba, content, begun, Some(journal.mark(1)));
+        let places = [(write, 2), (write * 11 % 60, 1)];
+        let content = |lba| Tag { image, lba, write }.sector();
+        let begun = journal.mark(1);
+        for (lba, count) in places {
+            let bytes: Vec<u8> = (lba..lba + count).flat_map(content).collect();
+            self.live.disk().write_at(&bytes, lba * 512).unwrap();
         }
+        let done = journal.mark(1);
+        let written = places.into_iter().flat_map(|(lba, count)| lba..lba + count);
+        written.for_each(|lba| self.history.wrote(lba, content(lba), begun, Some(done)));
     }
 
     fn flush(&mut self, journal: &Journal) {
@@ -109,12 +113,10 @@ fn record(folder: &Path, journal: &Journal) -> (Arc<RecordingHost>, Vec<Client>)
     each(&mut clients, 1, true);
     each(&mut clients, 2, false);
     snapshot(&mut clients, folder, &["a1.vhd", "b1.vhd"], journal);
-    each(&mut clients, 3, false);
-    each(&mut clients, 4, true);
-    each(&mut clients, 5, false);
+    each(&mut clients, 3, true);
+    each(&mut clients[..1], 4, false);
     snapshot(&mut clients[..1], folder, &["a2.vhd"], journal);
-    each(&mut clients, 6, true);
-    each(&mut clients, 7, false);
+    each(&mut clients[..1], 5, true);
     (host, clients)
 }
 
@@ -166,7 +168,7 @@ fn a_power_cut_around_snapshots_of_two_disks_loses_nothing_that_was_answered() {
     let folder = folder();
     let journal = Journal::new();
     let (host, clients) = record(folder.path(), &journal);
-    let states = judge_all(&host, &clients, Effort { exhaustive: 4, samples: 6, seed: 1 });
+    let states = judge_all(&host, &clients, Effort { exhaustive: 3, samples: 3, seed: 1 });
     println!("crash states, snapshots: {}", states.unwrap());
 }
 
@@ -179,7 +181,7 @@ fn every_barrier_is_needed() {
     barriers.note("two disks", journal.places(), &[], &mut |barrier| {
         let folder = folder();
         let (host, clients) = record(folder.path(), &Journal::without_barrier(barrier));
-        judge_all(&host, &clients, Effort { exhaustive: 3, samples: 2, seed: 1 }).is_err()
+        judge_all(&host, &clients, Effort { exhaustive: 2, samples: 1, seed: 1 }).is_err()
     });
     barriers.assert("snapshots");
 }
