@@ -164,9 +164,8 @@ fn what_can_not_be_is_refused_and_changes_nothing() {
 /// What must hold after a power cut: the content is there, or the command that goes on is named and works.
 fn judge(folder: &Path, from: &str, how: &InPlaceOptions, content: &[u8], done: bool) -> Result<(), String> {
     let path = folder.join("disk.vhd");
-    let same = |what: &str, found: &[u8]| {
-        vhd_testkit::tagged::compare(found, content, 0).map_err(|error| format!("{what}: {error}"))
-    };
+    let same =
+        |what: &str, found: &[u8]| vhd_testkit::tagged::compare(found, content, 0).map_err(|error| format!("{what}: {error}"));
     let read = || -> Result<Vec<u8>, Error> {
         let disk = Disk::open(&path, &options(false))?;
         let mut found = vec![0; disk.size() as usize];

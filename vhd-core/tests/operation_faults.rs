@@ -231,7 +231,9 @@ fn judge_error(error: &Error, host: &FaultHost, fault: Fault) -> Result<(), Stri
     let is_image = path.extension().is_some_and(|extension| extension == "vhd" || extension == "vud");
     let is_one = !matches!(fault, Fault::ForEver | Fault::NoSpaceForEver);
     match host.failed_at() {
-        Some(at) if is_image && is_one && !text.contains(&format!("{at:#x}")) => Err(format!("the error names no offset, {at:#x}: {text}")),
+        Some(at) if is_image && is_one && !text.contains(&format!("{at:#x}")) => {
+            Err(format!("the error names no offset, {at:#x}: {text}"))
+        }
         _ => Ok(()),
     }
 }

@@ -16,9 +16,9 @@ use std::sync::Arc;
 
 use vhd_core::chain::{Chain, ChainOptions, Layer};
 use vhd_core::image::{Image, OpenOptions};
+use vhd_core::intent::{InPlace, Intent, Work};
 use vhd_core::ops::check::{Code, Finding, Severity};
 use vhd_core::ops::repair::{Repair, RepairMode, plan, repair, undo_repair};
-use vhd_core::intent::{InPlace, Intent, Work};
 use vhd_core::storage::{LocalHost, MemoryStorage, Storage};
 use vhd_core::{Disk, Error, ErrorKind};
 use vhd_testkit::crash::Effort;
@@ -362,8 +362,7 @@ fn operations(visit: &mut dyn FnMut(&Operation<'_>, &dyn Fn(&Path, &ChainOptions
         let repaired = std::fs::read(&path).unwrap();
         let judge = |folder: &Path, done: bool| judge_cut(folder, &case, &repaired, done.then_some(&repaired));
         visit(&Operation::new(&format!("repair, {name}"), file_of(&case).0, &forth, &judge), &forth);
-        let back =
-            |folder: &Path, chain: &ChainOptions| drop(undo_repair(&folder.join("disk.vhd"), false, chain).unwrap());
+        let back = |folder: &Path, chain: &ChainOptions| drop(undo_repair(&folder.join("disk.vhd"), false, chain).unwrap());
         // Of what is done already it says so.
         let finish = |folder: &Path, chain: &ChainOptions| drop(undo_repair(&folder.join("disk.vhd"), false, chain));
         let judge = |folder: &Path, done: bool| judge_cut_of_undo(folder, &case, &repaired, done);

@@ -241,8 +241,7 @@ fn judge(folder: &Path, content: &[u8], expected: &[u8], done: bool) -> Result<(
         };
         let mut found = vec![0; opened.size() as usize];
         opened.read_at(&mut found, 0).map_err(|error| format!("{what}: {error}"))?;
-        let wanted =
-            wanted.iter().find(|wanted| wanted.len() == found.len()).ok_or(format!("{what}: {} bytes", found.len()))?;
+        let wanted = wanted.iter().find(|wanted| wanted.len() == found.len()).ok_or(format!("{what}: {} bytes", found.len()))?;
         vhd_testkit::tagged::compare(&found, wanted, 0).map_err(|error| format!("{what}: {error}"))
     };
     let both = [expected, content];
