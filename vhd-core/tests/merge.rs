@@ -412,7 +412,7 @@ fn a_power_cut_at_any_point_loses_nothing_and_the_merge_goes_on() {
 fn every_barrier_is_needed() {
     let mut barriers = Barriers::default();
     operations(&mut |operation, finish| {
-        operation.sabotage_with_finish(&mut barriers, Effort { exhaustive: 2, samples: 1, seed: 1 }, finish);
+        operation.sabotage_with_finish(&mut barriers, Effort { exhaustive: 3, samples: 1, seed: 1 }, finish);
     });
     barriers.assert("merge");
 }
