@@ -242,7 +242,8 @@ impl Run<'_> {
             on_error: config.on_error.unwrap_or(Policy::Report),
             on_no_space: config.on_no_space.unwrap_or(Policy::Pause),
         };
-        let options = BlockOptions { serial, queues: config.queues.unwrap_or(1), read_only: !self.writes(config), geometry, policies };
+        let options =
+            BlockOptions { serial, queues: config.queues.unwrap_or(1), read_only: !self.writes(config), geometry, policies };
         Ok(MachineDisk { live, options })
     }
 

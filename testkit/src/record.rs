@@ -168,24 +168,44 @@ impl Journal {
     }
 }
 
-/// The functions of the core that led here, the innermost first: the last part of the name of each.
+/// The functions of the core that led here, the innermost first, by their names alone: not all debug information has more.
 fn place_of_call() -> String {
     let trace = std::backtrace::Backtrace::force_capture().to_string();
-    let mut functions: Vec<&str> = Vec::new();
-    for line in trace.lines() {
-        let Some((number, function)) = line.trim_start().split_once(": ") else { continue };
-        let is_ours = function.trim_start_matches('<').starts_with("vhd_core::");
-        if number.parse::<u32>().is_err() || !is_ours {
+    let mut functions: Vec<String> = Vec::new();
+    let mut last = "";
+    for line in trace.lines().map(str::trim_start) {
+        let Some(file) = line.strip_prefix("at ") else {
+            last = line.split_once(": ").map_or("", |(_, function)| function);
+            continue;
+        };
+        if !(file.starts_with("./src/") || file.contains("vhd-core/src/")) {
             continue;
         }
-        let name = function.trim_end_matches("::{{closure}}").rsplit("::").next().unwrap_or(function);
-        // These stand between others for all operations alike.
-        let is_between = ["sync", "open_with_file", "open_after", "execute"].contains(&name);
+        let name = name_of(last);
+        // Closures are part of what calls them; the others stand between for all operations alike.
+        let is_between = name.starts_with('{') || ["sync", "open_with_file", "open_after", "execute"].contains(&&*name);
         if !is_between && functions.last() != Some(&name) {
             functions.push(name);
         }
     }
     functions.join(" < ")
+}
+
+/// The last part of a function's path, without what is generic about it.
+fn name_of(function: &str) -> String {
+    let mut depth = 0_u32;
+    let mut before = ' ';
+    let mut plain = String::new();
+    for character in function.chars() {
+        match character {
+            '<' => depth += 1,
+            '>' if before != '-' => depth = depth.saturating_sub(1),
+            _ if depth == 0 => plain.push(character),
+            _ => {}
+        }
+        before = character;
+    }
+    plain.rsplit("::").next().unwrap_or_default().to_owned()
 }
 
 /// A file whose changes go to a [`Journal`].
@@ -288,5 +308,23 @@ impl Storage for RecordingStorage {
 
     fn allocated(&self) -> io::Result<u64> {
         self.live.allocated()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::name_of;
+
+    #[test]
+    fn a_functions_name_is_the_last_part_of_its_path() {
+        for (path, name) in [
+            ("vhd_core::image::open::<impl vhd_core::image::Image>::open", "open"),
+            ("<vhd_core::storage::LocalHost as vhd_core::storage::Host>::create", "create"),
+            ("replace_file<vhd_core::image::create::{closure_env#0}>", "replace_file"),
+            ("vhd_core::ops::map<fn() -> u32>::{{closure}}", "{{closure}}"),
+            ("publish", "publish"),
+        ] {
+            assert_eq!(name_of(path), name, "{path}");
+        }
     }
 }

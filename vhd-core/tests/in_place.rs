@@ -203,7 +203,9 @@ fn operations(visit: &mut dyn FnMut(&Operation<'_>, &dyn Fn(&Path, &ChainOptions
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let content = content_of(&new(folder.path(), from), from);
         let how = InPlaceOptions { from_raw: from == "raw", ..how(to) };
-        let run = |folder: &Path, chain: &ChainOptions| drop(run(&folder.join("disk.vhd"), &how, chain).unwrap());
+        let run = |folder: &Path, chain: &ChainOptions| {
+            run(&folder.join("disk.vhd"), &how, chain).unwrap();
+        };
         // Of what is done already it says so.
         let finish = |folder: &Path, chain: &ChainOptions| drop(self::run(&folder.join("disk.vhd"), &how, chain));
         let judge = |folder: &Path, done: bool| judge(folder, from, &how, &content, done);

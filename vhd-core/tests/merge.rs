@@ -404,7 +404,7 @@ fn operations(visit: &mut dyn FnMut(&Operation<'_>, &dyn Fn(&Path, &ChainOptions
 #[test]
 fn a_power_cut_at_any_point_loses_nothing_and_the_merge_goes_on() {
     operations(&mut |operation, _| {
-        operation.enumerate(Effort { exhaustive: 4, samples: 4, seed: 1 });
+        operation.enumerate(Effort { exhaustive: 4, samples: 2, seed: 1 });
     });
 }
 

@@ -225,16 +225,20 @@ impl Fault {
     }
 }
 
-/// Fails unless the error says in one line which file it is about, and where in it a write failed.
-fn judge_error(error: &Error, host: &FaultHost) -> Result<(), String> {
+/// Fails unless the error says in one line which file it is about, and where in it a write failed. (Where everything fails from
+/// then on, what cleans up may be told of.)
+fn judge_error(error: &Error, host: &FaultHost, fault: Fault) -> Result<(), String> {
     let text = error.to_string();
     let Some(path) = error.path().filter(|_| !text.chars().any(char::is_control)) else {
         return Err(format!("the error names no file: {text}"));
     };
     // Records and journals are written in one go.
     let is_image = path.extension().is_some_and(|extension| extension == "vhd" || extension == "vud");
+    let is_one = !matches!(fault, Fault::ForEver | Fault::NoSpaceForEver);
     match host.failed_at() {
-        Some(at) if is_image && !text.contains(&format!("{at:#x}")) => Err(format!("the error names no offset, {at:#x}: {text}")),
+        Some(at) if is_image && is_one && !text.contains(&format!("{at:#x}")) => {
+            Err(format!("the error names no offset, {at:#x}: {text}"))
+        }
         _ => Ok(()),
     }
 }
@@ -264,7 +268,7 @@ fn with_fault(operation: &Operation, expected: &Outcome, at: usize, fault: Fault
         _ => {}
     }
     if let Err(error) = &result {
-        judge_error(error, &host)?;
+        judge_error(error, &host, fault)?;
     }
     // What was done already, but for the answer, can't be done again.
     if let Err(error) = (operation.run)(folder, &options(false), &Progress::default())

@@ -17,9 +17,10 @@ use std::sync::Arc;
 
 use vhd_core::chain::{Chain, ChainOptions, Layer};
 use vhd_core::image::{Image, OpenOptions};
+use vhd_core::intent::{InPlace, Intent, Work};
 use vhd_core::ops::check::{Code, Finding, Severity};
 use vhd_core::ops::repair::{Repair, RepairMode, plan, repair, undo_repair};
-use vhd_core::storage::{MemoryStorage, Storage};
+use vhd_core::storage::{LocalHost, MemoryStorage, Storage};
 use vhd_core::{Disk, Error, ErrorKind, Progress};
 use vhd_testkit::crash::Effort;
 use vhd_testkit::tools::QemuImg;
@@ -223,10 +224,39 @@ fn cuts() -> impl Strategy<Value = usize> {
     prop_oneof![4 => Just(0_usize), 2 => 1..2000_usize, 1 => 1..2_000_000_usize]
 }
 
+/// Fails unless a repair of the image with these edits gives a clean check and loses only what the plan said.
+fn judge_mutated(kind: u8, edits: &[Edit], summed: bool, cut: usize) -> Result<(), TestCaseError> {
+    let (sound, placed, structures) = sound(kind);
+    let mut bytes = sound.clone();
+    edits.iter().for_each(|one| edit(&mut bytes, &structures, *one));
+    if summed {
+        refresh_checksums(&mut bytes);
+    }
+    bytes.truncate(bytes.len().saturating_sub(cut));
+    // Wrong values under right checksums are what the image says, unless they can't be.
+    let is_said = summed && (bytes.get(..1536) != sound.get(..1536) || bytes.last_chunk::<512>() != sound.last_chunk());
+    let case = Case { name: "mutated", expected: &[], deep: false, bytes, sound };
+    for mode in [RepairMode::Safe, RepairMode::All] {
+        let storage = Arc::new(MemoryStorage::new(case.bytes.clone()));
+        match plan(storage, Path::new(PATH), mode) {
+            // Nothing of a VHD is left: that is said, and nothing is done.
+            Err(error) => prop_assert_eq!(error.kind(), ErrorKind::NotVhd, "{}", error),
+            Ok(_) => {
+                let (repair, repaired) = judge_form(&case, mode);
+                if !is_said {
+                    judge_blocks(&case, &placed, &repair, &repaired)?;
+                }
+                let mut left = repair.after.iter().filter(|finding| finding.severity == Severity::Error);
+                prop_assert!(mode == RepairMode::Safe || left.all(|finding| HOPELESS.contains(&finding.code)), "{:?}", repair);
+            }
+        }
+    }
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Each repair of a mutated image gives a clean check and loses only what the plan said.
     #[test]
     fn a_mutated_image_is_repaired_and_loses_only_what_was_said(
         kind in 0..5_u8,
@@ -234,32 +264,13 @@ proptest! {
         summed in any::<bool>(),
         cut in cuts(),
     ) {
-        let (sound, placed, structures) = sound(kind);
-        let mut bytes = sound.clone();
-        edits.into_iter().for_each(|one| edit(&mut bytes, &structures, one));
-        if summed {
-            refresh_checksums(&mut bytes);
-        }
-        bytes.truncate(bytes.len().saturating_sub(cut));
-        // Wrong values under right checksums are what the image says, unless they can't be.
-        let is_said = summed && (bytes.get(..1536) != sound.get(..1536) || bytes.last_chunk::<512>() != sound.last_chunk());
-        let case = Case { name: "mutated", expected: &[], deep: false, bytes, sound };
-        for mode in [RepairMode::Safe, RepairMode::All] {
-            let storage = Arc::new(MemoryStorage::new(case.bytes.clone()));
-            match plan(storage, Path::new(PATH), mode) {
-                // Nothing of a VHD is left: that is said, and nothing is done.
-                Err(error) => prop_assert_eq!(error.kind(), ErrorKind::NotVhd, "{}", error),
-                Ok(_) => {
-                    let (repair, repaired) = judge_form(&case, mode);
-                    if !is_said {
-                        judge_blocks(&case, &placed, &repair, &repaired)?;
-                    }
-                    let mut left = repair.after.iter().filter(|finding| finding.severity == Severity::Error);
-                    prop_assert!(mode == RepairMode::Safe || left.all(|finding| HOPELESS.contains(&finding.code)), "{:?}", repair);
-                }
-            }
-        }
+        judge_mutated(kind, &edits, summed, cut)?;
     }
+}
+
+#[test]
+fn what_a_repair_writes_beyond_the_end_of_the_file_is_no_error() {
+    judge_mutated(3, &[(2_883_860_296, 1_201_415_555, 15, false)], false, 0).unwrap();
 }
 
 /// What no repair can know: docs/repair.md says why.
@@ -327,6 +338,30 @@ fn what_was_repaired_and_written_since_is_not_taken_back_unasked() {
         ErrorKind::Corrupt,
         "is no undo journal",
     );
+}
+
+/// A repair that was killed is taken back from the journal that its record names, whatever older ones there are; one whose
+/// taking back was killed after its record was gone, by the same call.
+#[test]
+fn a_repair_that_was_killed_is_taken_back_from_its_own_journal() {
+    let case = case_named("cut");
+    let (folder, path) = file_of(&case);
+    repair(&path, RepairMode::All, false, &options(false), &Progress::default()).unwrap();
+    let journal = folder.path().join(JOURNAL);
+    let kept = std::fs::read(&journal).unwrap();
+    let intent = InPlace { uuid: None, work: Work::Repair(JOURNAL.into()) };
+    vhd_core::intent::put(&LocalHost, &path, &Intent::InPlace(intent)).unwrap();
+    // An older one with a higher number, of another content.
+    let older = folder.path().join(format!("{JOURNAL}.3"));
+    std::fs::write(&older, b"not this one").unwrap();
+    undo_repair(&path, false, &options(false), &Progress::default()).unwrap();
+    assert!(std::fs::read(&path).unwrap() == case.bytes);
+    assert_eq!(files_of(folder.path()).into_keys().collect::<Vec<_>>(), [path.clone(), older.clone()]);
+    std::fs::remove_file(older).unwrap();
+    std::fs::write(&journal, kept).unwrap();
+    undo_repair(&path, false, &options(false), &Progress::default()).unwrap();
+    assert!(std::fs::read(&path).unwrap() == case.bytes);
+    assert_eq!(files_of(folder.path()).len(), 1);
 }
 
 #[test]

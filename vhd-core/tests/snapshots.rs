@@ -28,7 +28,7 @@ use self::support::{child_options, open, options, read_all};
 
 const SECTORS: u64 = 96;
 /// The leaves that each disk gets, the first together.
-const LEAVES: [&[&str]; 2] = [&["a.vhd", "a1.vhd", "a2.vhd"], &["b.vhd", "b1.vhd"]];
+const LEAVES: [&[&str]; 2] = [&["a.vhd", "a1.vhd", "a2.vhd"], &["b/b.vhd", "b/b1.vhd"]];
 
 /// One disk of the test, and what it may read.
 struct Client {
@@ -48,14 +48,18 @@ impl Client {
         Self { live, history, frozen: Vec::new() }
     }
 
-    /// Writes runs of sectors: over others, to absent ones, to new blocks.
+    /// Writes two sectors over others and to absent ones, and one to a new block.
     fn write(&mut self, journal: &Journal, image: u32, write: u64) {
-        for lba in (write * 3..write * 3 + 5).chain(write * 11 % 60..write * 11 % 60 + 3) {
-            let content = Tag { image, lba, write }.sector();
-            let begun = journal.mark(1);
-            self.live.disk().write_at(&content, lba * 512).unwrap();
-            self.history.wrote(lba, content, begun, Some(journal.mark(1)));
+        let places = [(write, 2), (write * 11 % 60, 1)];
+        let content = |lba| Tag { image, lba, write }.sector();
+        let begun = journal.mark(1);
+        for (lba, count) in places {
+            let bytes: Vec<u8> = (lba..lba + count).flat_map(content).collect();
+            self.live.disk().write_at(&bytes, lba * 512).unwrap();
         }
+        let done = journal.mark(1);
+        let written = places.into_iter().flat_map(|(lba, count)| lba..lba + count);
+        written.for_each(|lba| self.history.wrote(lba, content(lba), begun, Some(done)));
     }
 
     fn flush(&mut self, journal: &Journal) {
@@ -81,13 +85,15 @@ fn snapshot(clients: &mut [Client], folder: &Path, names: &[&str], journal: &Jou
     }
 }
 
-/// A folder with two disks, one of which has no identifier yet.
+/// Two disks in two folders. One is full, so that closing it cuts nothing, and has no identifier yet, so that it gets one.
 fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-    for (name, uuid) in [("a.vhd", [7; 16]), ("b.vhd", [0; 16])] {
+    std::fs::create_dir(folder.path().join("b")).unwrap();
+    for (name, uuid, blocks) in [("a.vhd", [7; 16], 2..3), ("b/b.vhd", [0; 16], 0..12)] {
         let spec = FixtureSpec::new(Kind::Dynamic, Layout::Windows8, SECTORS * 512);
         let spec = FixtureSpec { uuid, block_size: 4096, ..spec };
-        spec.block(2, BlockFill::tags(1, 1)).write_to(&folder.path().join(name)).unwrap();
+        let spec = blocks.fold(spec, |spec, block| spec.block(block, BlockFill::tags(1, 1)));
+        spec.write_to(&folder.path().join(name)).unwrap();
     }
     folder
 }
@@ -108,13 +114,11 @@ fn record(folder: &Path, journal: &Journal) -> (Arc<RecordingHost>, Vec<Client>)
     };
     each(&mut clients, 1, true);
     each(&mut clients, 2, false);
-    snapshot(&mut clients, folder, &["a1.vhd", "b1.vhd"], journal);
-    each(&mut clients, 3, false);
-    each(&mut clients, 4, true);
-    each(&mut clients, 5, false);
+    snapshot(&mut clients, folder, &["a1.vhd", "b/b1.vhd"], journal);
+    each(&mut clients, 3, true);
+    each(&mut clients[..1], 4, false);
     snapshot(&mut clients[..1], folder, &["a2.vhd"], journal);
-    each(&mut clients, 6, true);
-    each(&mut clients, 7, false);
+    each(&mut clients[..1], 5, true);
     (host, clients)
 }
 
@@ -145,7 +149,7 @@ fn judge(client: &Client, names: &[&str], cut: usize, folder: &Path) -> Result<(
     }
     let before = read(last)?;
     Disk::open(&path(last), &options(true)).map_err(|error| format!("for writing: {error}"))?;
-    let again = folder.join(format!("again-{}", names[0]));
+    let again = path(last).with_file_name("again.vhd");
     create_child(&again, &path(last), &child_options(), &options(false)).map_err(|error| format!("snapshot: {error}"))?;
     let after = read_all(&open(&again, false));
     let chain = Chain::open(&again, &options(false)).map_err(|error| error.to_string())?;
@@ -166,7 +170,7 @@ fn a_power_cut_around_snapshots_of_two_disks_loses_nothing_that_was_answered() {
     let folder = folder();
     let journal = Journal::new();
     let (host, clients) = record(folder.path(), &journal);
-    let states = judge_all(&host, &clients, Effort { exhaustive: 4, samples: 6, seed: 1 });
+    let states = judge_all(&host, &clients, Effort { exhaustive: 3, samples: 3, seed: 1 });
     println!("crash states, snapshots: {}", states.unwrap());
 }
 
@@ -174,12 +178,14 @@ fn a_power_cut_around_snapshots_of_two_disks_loses_nothing_that_was_answered() {
 fn every_barrier_is_needed() {
     let journal = Journal::naming_barriers();
     let whole = folder();
-    drop(record(whole.path(), &journal));
+    let recorded = record(whole.path(), &journal);
+    let places = journal.places();
+    drop(recorded);
     let mut barriers = Barriers::default();
-    barriers.note("two disks", journal.places(), &[], &mut |barrier| {
+    barriers.note("two disks", places, &[], &mut |barrier| {
         let folder = folder();
         let (host, clients) = record(folder.path(), &Journal::without_barrier(barrier));
-        judge_all(&host, &clients, Effort { exhaustive: 3, samples: 2, seed: 1 }).is_err()
+        judge_all(&host, &clients, Effort { exhaustive: 2, samples: 1, seed: 1 }).is_err()
     });
     barriers.assert("snapshots");
 }
