@@ -335,7 +335,7 @@ fn a_configured_machine_is_made_shown_changed_run_saved_restored_and_discarded()
     done(folder, "create disk.vhd --size 64M");
     let vm = |arguments: &[&str]| said(vhd(folder).arg("vm").args(arguments));
     let made =
-        vm(&["create", "one", "--kernel", "guest", "--append", "do=fill sectors=16384", "--memory", "16M", "--disk", "disk.vhd"]);
+        vm(&["create", "one", "--kernel", "guest", "--append", "do=fill sectors=8192", "--memory", "16M", "--disk", "disk.vhd"]);
     assert_eq!(made, format!("{}/vhd/machines/one.vmc\n", folder.display()));
     let config = PathBuf::from(made.trim());
     assert!(refused(vhd(folder).args(["vm", "create", "one"])).contains("one.vmc: "));
@@ -364,7 +364,7 @@ fn a_configured_machine_is_made_shown_changed_run_saved_restored_and_discarded()
     // By its file it is the same machine.
     save_after(&mut run("vm restore", config.to_str().unwrap()), folder, "one", "flushed", 2, &mut told);
     told += &said(&mut run("vm restore", "one"));
-    assert!(told.ends_with("filled 16384, 0 failed\nguest: done\n") && told.matches("guest: do=").count() == 1, "{told}");
+    assert!(told.ends_with("filled 8192, 0 failed\nguest: done\n") && told.matches("guest: do=").count() == 1, "{told}");
     save_after(&mut run("run", "one"), folder, "one", "flushed", 2, &mut told);
     vm(&["discard-state", "one"]);
     assert_eq!(vm(&["list"]), "one                  off\n");
