@@ -298,7 +298,9 @@ fn a_state_that_was_cut_or_changed_and_a_disk_that_was_changed_are_refused_until
     save_after(&mut run_disk(folder, "do=fill sectors=16384"), folder, "disk", "flushed", 2, &mut String::new());
     let file = folder.join("disk.vsv");
     let sound = std::fs::read(&file).unwrap();
-    let state_len = u64::from_le_bytes(sound[16..24].try_into().unwrap()) as usize;
+    let mut state_len: [u8; 8] = sound[16..24].try_into().unwrap();
+    state_len.reverse();
+    let state_len = u64::from_be_bytes(state_len) as usize;
     // The magic number, the version, a tag, a length, a checksum, the machine, memory, the end.
     for at in [0, 8, 12, 16, 24, 28 + state_len / 2, 28 + state_len + 20, sound.len() / 2, sound.len() - 1] {
         let mut changed = sound.clone();
