@@ -270,7 +270,9 @@ fn a_state_that_was_cut_or_changed_and_a_disk_that_was_changed_are_refused_until
     save_after(&mut run_disk(folder, "do=fill sectors=16384"), folder, "disk", "flushed", 2, &mut String::new());
     let file = folder.join("disk.vsv");
     let sound = std::fs::read(&file).unwrap();
-    let state_len = u64::from_le_bytes(sound[16..24].try_into().unwrap()) as usize;
+    let mut state_len: [u8; 8] = sound[16..24].try_into().unwrap();
+    state_len.reverse();
+    let state_len = u64::from_be_bytes(state_len) as usize;
     // The magic number, the version, a tag, a length, a checksum, the machine, memory, the end.
     for at in [0, 8, 12, 16, 24, 28 + state_len / 2, 28 + state_len + 20, sound.len() / 2, sound.len() - 1] {
         let mut changed = sound.clone();
@@ -307,7 +309,7 @@ fn a_configured_machine_is_made_shown_changed_run_saved_restored_and_discarded()
     done(folder, "create disk.vhd --size 64M");
     let vm = |arguments: &[&str]| said(vhd(folder).arg("vm").args(arguments));
     let made =
-        vm(&["create", "one", "--kernel", "guest", "--append", "do=fill sectors=16384", "--memory", "16M", "--disk", "disk.vhd"]);
+        vm(&["create", "one", "--kernel", "guest", "--append", "do=fill sectors=8192", "--memory", "16M", "--disk", "disk.vhd"]);
     assert_eq!(made, format!("{}/vhd/machines/one.vmc\n", folder.display()));
     let config = PathBuf::from(made.trim());
     assert!(refused(vhd(folder).args(["vm", "create", "one"])).contains("one.vmc: "));
@@ -336,7 +338,7 @@ fn a_configured_machine_is_made_shown_changed_run_saved_restored_and_discarded()
     // By its file it is the same machine.
     save_after(&mut run("vm restore", config.to_str().unwrap()), folder, "one", "flushed", 2, &mut told);
     told += &said(&mut run("vm restore", "one"));
-    assert!(told.ends_with("filled 16384, 0 failed\nguest: done\n") && told.matches("guest: do=").count() == 1, "{told}");
+    assert!(told.ends_with("filled 8192, 0 failed\nguest: done\n") && told.matches("guest: do=").count() == 1, "{told}");
     save_after(&mut run("run", "one"), folder, "one", "flushed", 2, &mut told);
     vm(&["discard-state", "one"]);
     assert_eq!(vm(&["list"]), "one                  off\n");

@@ -215,7 +215,7 @@ fn a_cut_between_file_and_notes_leaves_what_can_be_gone_on_from_or_forgotten() {
                 let disks = images.iter().map(|image| attached(image, BlockOptions::default())).collect();
                 Definition { state_file: Some(folder.join("guest.vsv")), ..definition("do=fill disks=2 sectors=512", disks) }
             };
-            let (machine, said, _) = support::machine(definition());
+            let (machine, said, _) = machine(definition());
             machine.command(Command::Start).unwrap();
             said.wait_for("flushed", 2);
             machine.command(Command::Save).unwrap();
