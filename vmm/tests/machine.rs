@@ -139,7 +139,9 @@ struct Counted(PipeWriter, Arc<AtomicUsize>);
 
 impl Write for Counted {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.write(bytes).inspect(|len| drop(self.1.fetch_add(*len, Ordering::SeqCst)))
+        let len = self.0.write(bytes)?;
+        self.1.fetch_add(len, Ordering::SeqCst);
+        Ok(len)
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
