@@ -213,7 +213,7 @@ fn a_pause_holds_the_guest_in_the_middle_of_its_work() {
         }
         assert_eq!(machine.state(), State::Paused(Reason::Asked));
         let before = said.text();
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(50));
         assert_eq!(said.text(), before, "a guest that stands still spoke");
         machine.command(Command::Resume).unwrap();
     }
