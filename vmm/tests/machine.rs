@@ -153,7 +153,9 @@ struct Counted(PipeWriter, Arc<AtomicUsize>);
 
 impl Write for Counted {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.write(bytes).inspect(|len| drop(self.1.fetch_add(*len, Ordering::SeqCst)))
+        let len = self.0.write(bytes)?;
+        self.1.fetch_add(len, Ordering::SeqCst);
+        Ok(len)
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
@@ -225,7 +227,7 @@ fn a_pause_holds_the_guest_in_the_middle_of_its_work() {
         }
         assert_eq!(machine.state(), State::Paused(Reason::Asked));
         let before = said.text();
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(50));
         assert_eq!(said.text(), before, "a guest that stands still spoke");
         machine.command(Command::Resume).unwrap();
     }
