@@ -9,14 +9,14 @@ use crate::support::{done, project, text};
 /// Nothing takes longer, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn kvm() -> bool {
+pub fn kvm() -> bool {
     let found = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
     assert!(found || std::env::var("CI").as_deref() != Ok("true"), "CI must have /dev/kvm");
     found
 }
 
 /// The test guest, built into a folder.
-fn guest(folder: &Path) -> PathBuf {
+pub fn guest(folder: &Path) -> PathBuf {
     let built = folder.join("guest");
     let link = "link-args=-nostartfiles -nostdlib -static -no-pie -Wl,--image-base=0x200000,-e,_start,--build-id=none";
     let status = Command::new("rustc")
@@ -39,13 +39,13 @@ impl Drop for Running {
     }
 }
 
-fn vhd(folder: &Path) -> Command {
+pub fn vhd(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vhd"));
     command.current_dir(folder).env("XDG_RUNTIME_DIR", folder).stdin(Stdio::null());
     command
 }
 
-fn said(command: &mut Command) -> String {
+pub fn said(command: &mut Command) -> String {
     let output = command.output().unwrap();
     assert!(output.status.success(), "{command:?}: {}", text(&output.stderr));
     text(&output.stdout)

@@ -11,6 +11,7 @@ mod convert;
 mod documents;
 mod endings;
 mod machines;
+mod machines_kernel;
 mod operations;
 #[path = "../support/mod.rs"]
 mod support;
