@@ -112,7 +112,7 @@ fn text_of(found: &Value) -> String {
     let _ = writeln!(text, "state         {}", state_of(found));
     let _ = writeln!(text, "CPUs          {}", found["cpus"]);
     let _ = writeln!(text, "memory        {}", sizes::show(found["memory"].as_u64().unwrap_or(0)));
-    let _ = writeln!(text, "kernel        {}", word("kernel"));
+    let _ = writeln!(text, "kernel        {}", found["kernel"].as_str().unwrap_or("as the first disk's boot menu says"));
     for disk in found["disks"].as_array().into_iter().flatten() {
         let image = disk["image"].as_str().unwrap_or_default();
         let read_only = if disk["read_only"].as_bool() == Some(true) { ", read-only" } else { "" };

@@ -64,7 +64,8 @@ fn a_host_without_kvm_says_what_to_do() {
     let mut command = Command::new("unshare");
     command.arg(if root { "-m" } else { "-rm" }).args(["sh", "-c", &line]);
     let output = command.current_dir(folder).env("XDG_RUNTIME_DIR", folder).stdin(Stdio::null()).output().unwrap();
-    let message = "vhd: /dev/kvm: does not exist; load the module kvm_intel or kvm_amd, and turn on virtualisation in the firmware\n";
+    let message =
+        "vhd: /dev/kvm: does not exist; load the module kvm_intel or kvm_amd, and turn on virtualisation in the firmware\n";
     assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(2), message));
 }
 

@@ -377,7 +377,10 @@ fn grub_menus_with_entries_of_the_boot_loader_specification_are_followed() {
     let files = Files::new(&[
         ("vmlinuz-6.9", "kernel 6.9"),
         ("initramfs-6.9.img", "initrd 6.9"),
-        ("grub2/grub.cfg", "load_env\nset default=\"${saved_entry}\"\nif [ -z \"${kernelopts}\" ]; then\n set kernelopts=\"root=/dev/vda2 ro \"\nfi\ninsmod blscfg\nblscfg\n"),
+        (
+            "grub2/grub.cfg",
+            "load_env\nset default=\"${saved_entry}\"\nif [ -z \"${kernelopts}\" ]; then\n set kernelopts=\"root=/dev/vda2 ro \"\nfi\ninsmod blscfg\nblscfg\n",
+        ),
         ("grub2/grubenv", "# GRUB Environment Block\nsaved_entry=abc-6.9\n"),
         (
             "loader/entries/abc-6.9.conf",
@@ -405,7 +408,8 @@ fn extlinux_and_syslinux_menus_are_followed() {
 
     let text = "append quiet\ninclude more.cfg\n";
     let more = "label one\nkernel /a\nlabel two\nmenu default\nkernel /VMLINUZ\nappend initrd=/long-named-initrd.img ro\n";
-    let files = Files::new(&[("syslinux.cfg", text), ("more.cfg", more), ("vmlinuz", "fat kernel"), ("long-named-initrd.img", "initrd")]);
+    let files =
+        Files::new(&[("syslinux.cfg", text), ("more.cfg", more), ("vmlinuz", "fat kernel"), ("long-named-initrd.img", "initrd")]);
     for made in [whole(&files.fat(4 << 11, &[])), partitioned("dos", &[files.fat(40 << 11, &["-F"])])] {
         expect(&made.find().unwrap(), "fat kernel", "initrd", "ro");
     }
@@ -416,8 +420,15 @@ fn entries_of_systemd_boot_are_chosen_by_its_settings_or_by_version() {
     if !tools() {
         return;
     }
-    let entry = |version: &str| format!("title\tDebian\nversion\t{version}\nlinux\t/deb/{version}/linux\ninitrd\t/deb/{version}/initrd\noptions\troot=/dev/vda2 v={version}\n");
-    let files = Files::new(&[("loader/loader.conf", "timeout 3\nconsole-mode keep\n"), ("loader/entries/uki.conf", "title x\nefi /x.efi\n")]);
+    let entry = |version: &str| {
+        format!(
+            "title\tDebian\nversion\t{version}\nlinux\t/deb/{version}/linux\ninitrd\t/deb/{version}/initrd\noptions\troot=/dev/vda2 v={version}\n"
+        )
+    };
+    let files = Files::new(&[
+        ("loader/loader.conf", "timeout 3\nconsole-mode keep\n"),
+        ("loader/entries/uki.conf", "title x\nefi /x.efi\n"),
+    ]);
     for version in ["6.9", "6.10", "6.8"] {
         files.put(&format!("loader/entries/deb-{version}.conf"), entry(version).as_bytes());
         files.put(&format!("deb/{version}/linux"), format!("kernel {version}").as_bytes());
@@ -429,7 +440,8 @@ fn entries_of_systemd_boot_are_chosen_by_its_settings_or_by_version() {
     expect(&esp(&files).find().unwrap(), "kernel 6.9", "initrd 6.9", "root=/dev/vda2 v=6.9");
     files.put("loader/loader.conf", b"default nothing\n");
     // One that has failed as often as it may comes last.
-    fs::rename(files.0.path().join("loader/entries/deb-6.10.conf"), files.0.path().join("loader/entries/deb-6.10+0-3.conf")).unwrap();
+    fs::rename(files.0.path().join("loader/entries/deb-6.10.conf"), files.0.path().join("loader/entries/deb-6.10+0-3.conf"))
+        .unwrap();
     expect(&esp(&files).find().unwrap(), "kernel 6.9", "initrd 6.9", "root=/dev/vda2 v=6.9");
 }
 

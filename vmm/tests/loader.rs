@@ -137,8 +137,7 @@ fn a_kernel_that_is_packed_in_a_bzimage_is_unpacked_by_the_host() {
 
 /// Why a kernel is refused, in memory of 16 MiB.
 fn refused(image: &[u8]) -> Option<String> {
-    let kernel =
-        Kernel { name: "kernel".into(), image: image.to_vec(), initrd: None, command_line: String::new(), chosen: None };
+    let kernel = Kernel { name: "kernel".into(), image: image.to_vec(), initrd: None, command_line: String::new(), chosen: None };
     let why = load(&Memory::new(16 << 20).unwrap(), &kernel, 0).err()?.to_string();
     assert!(why.starts_with("kernel: ") && !why.contains('\n'), "{why}");
     Some(why)

@@ -67,7 +67,9 @@ pub fn find(disk: &Disk) -> Result<Installed, String> {
     match receiver.recv_timeout(PATIENCE) {
         Ok(found) => found,
         Err(RecvTimeoutError::Timeout) => Err("takes too long to find a kernel on; give one with --kernel".to_owned()),
-        Err(RecvTimeoutError::Disconnected) => Err("has a file system that can't be read; give a kernel with --kernel".to_owned()),
+        Err(RecvTimeoutError::Disconnected) => {
+            Err("has a file system that can't be read; give a kernel with --kernel".to_owned())
+        }
     }
 }
 
@@ -93,12 +95,19 @@ fn on(volume: &Volume) -> String {
 fn load(volumes: &[Volume], entry: Entry) -> Result<Installed, String> {
     let read = |place: &Place| {
         let volume = &volumes[place.volume];
-        let bytes = volume.read(&place.path, MAX_FILE).and_then(|found| found.ok_or_else(|| format!("{}: is not there", place.path)));
-        bytes.map_err(|why| format!("{}{why}; the menu's entry '{}' starts it; give a kernel with --kernel", on(volume), entry.title))
+        let bytes =
+            volume.read(&place.path, MAX_FILE).and_then(|found| found.ok_or_else(|| format!("{}: is not there", place.path)));
+        bytes.map_err(|why| {
+            format!("{}{why}; the menu's entry '{}' starts it; give a kernel with --kernel", on(volume), entry.title)
+        })
     };
     let kernel = read(&entry.kernel)?;
     if entry.initrds.len() > MAX_INITRDS {
-        return Err(format!("has an entry '{}' with {} initial RAM disks, more than {MAX_INITRDS}", entry.title, entry.initrds.len()));
+        return Err(format!(
+            "has an entry '{}' with {} initial RAM disks, more than {MAX_INITRDS}",
+            entry.title,
+            entry.initrds.len()
+        ));
     }
     let mut initrd: Option<(String, Vec<u8>)> = None;
     for place in &entry.initrds {
@@ -109,7 +118,9 @@ fn load(volumes: &[Volume], entry: Entry) -> Result<Installed, String> {
                 all.resize(all.len().next_multiple_of(4), 0);
                 all.extend(bytes);
             }
-            Some(_) => return Err(format!("has an entry '{}' with initial RAM disks of more than {MAX_FILE} bytes", entry.title)),
+            Some(_) => {
+                return Err(format!("has an entry '{}' with initial RAM disks of more than {MAX_FILE} bytes", entry.title));
+            }
             None => initrd = Some((place.path.clone(), bytes)),
         }
     }

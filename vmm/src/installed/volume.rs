@@ -233,7 +233,9 @@ fn check_fat(boot: &[u8], len: u64) -> Result<(), String> {
     let total = or_long(number(19, 2), number(32, 4));
     let front = reserved + copies * or_long(number(22, 2), number(36, 4)) + (number(17, 2) * 32).div_ceil(sector.max(1));
     if !(512..=4096).contains(&sector) || !cluster.is_power_of_two() || front >= total || total * sector > len {
-        return Err(format!("has a FAT file system of {total} sectors of {sector} bytes, {front} of them in front, on {len} bytes"));
+        return Err(format!(
+            "has a FAT file system of {total} sectors of {sector} bytes, {front} of them in front, on {len} bytes"
+        ));
     }
     Ok(())
 }

@@ -294,7 +294,8 @@ impl<'a> Grub<'a> {
             None => None,
         };
         let volume = partition.and_then(|number: Option<u32>| self.volumes.iter().position(|volume| volume.partition == number));
-        let volume = volume.ok_or_else(|| format!("starts what is on ({device}), which is no file system that can be read here"))?;
+        let volume =
+            volume.ok_or_else(|| format!("starts what is on ({device}), which is no file system that can be read here"))?;
         Ok(Place { volume, path: path.to_owned() })
     }
 
