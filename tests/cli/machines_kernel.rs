@@ -1,7 +1,7 @@
 //! `vhd run` as a new user has it: the kernel that is installed on the disk, the page's own example, and hosts where KVM
 //! is not there or may not be used.
 
-use std::fs::{self, Permissions};
+use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -81,9 +81,10 @@ fn a_user_who_may_not_use_kvm_is_told_what_to_do() {
         return;
     }
     assert_eq!(fs::metadata("/dev/kvm").unwrap().permissions().mode() & 0o006, 0, "everyone may use KVM here");
-    fs::set_permissions(folder, Permissions::from_mode(0o777)).unwrap();
     fs::copy(env!("CARGO_BIN_EXE_vhd"), folder.join("vhd")).unwrap();
-    std::os::unix::fs::chown(folder.join("root.vhd"), Some(65534), Some(65534)).unwrap();
+    for path in [folder, &folder.join("root.vhd")] {
+        std::os::unix::fs::chown(path, Some(65534), Some(65534)).unwrap();
+    }
     let mut command = Command::new("setpriv");
     command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "./vhd", "run", "--disk", "root.vhd"]);
     let output = command.current_dir(folder).env("XDG_RUNTIME_DIR", folder).stdin(Stdio::null()).output().unwrap();
