@@ -81,18 +81,18 @@ fn a_user_who_may_not_use_kvm_is_told_what_to_do() {
         return;
     }
     assert_eq!(fs::metadata("/dev/kvm").unwrap().permissions().mode() & 0o006, 0, "everyone may use KVM here");
-    fs::copy(env!("CARGO_BIN_EXE_vhd"), folder.join("vhd")).unwrap();
+    fs::copy(env!("CARGO_BIN_EXE_vhd"), folder.join("program")).unwrap();
     for path in [folder, &folder.join("root.vhd")] {
         std::os::unix::fs::chown(path, Some(65534), Some(65534)).unwrap();
     }
     let mut command = Command::new("setpriv");
-    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "./vhd", "run", "--disk", "root.vhd"]);
+    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "./program", "run", "--disk", "root.vhd"]);
     let output = command.current_dir(folder).env("XDG_RUNTIME_DIR", folder).stdin(Stdio::null()).output().unwrap();
     let message = "vhd: /dev/kvm: may not be opened by this user; add the user to the group kvm: usermod -a -G kvm USER\n";
     assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(2), message));
     // What the message says is enough.
     let with = format!("--groups={}", fs::metadata("/dev/kvm").unwrap().gid());
-    let line = ["--reuid", "65534", "--regid", "65534", &with, "./vhd", "run", "--disk", "root.vhd", "--memory", "16M"];
+    let line = ["--reuid", "65534", "--regid", "65534", &with, "./program", "run", "--disk", "root.vhd", "--memory", "16M"];
     let mut command = Command::new("setpriv");
     let told = said(command.args(line).current_dir(folder).env("XDG_RUNTIME_DIR", folder).stdin(Stdio::null()));
     assert!(told.ends_with("guest: done\n"), "{told}");
