@@ -303,7 +303,7 @@ fn text_of(found: &Value) -> String {
     let _ = writeln!(text, "state         {}", state_of(found));
     let _ = writeln!(text, "CPUs          {}", found["cpus"]);
     let _ = writeln!(text, "memory        {}", sizes::show(found["memory"].as_u64().unwrap_or(0)));
-    let _ = writeln!(text, "kernel        {}", word("kernel"));
+    let _ = writeln!(text, "kernel        {}", found["kernel"].as_str().unwrap_or("as the first disk's boot menu says"));
     if let Some(config) = found["config"].as_str() {
         let _ = writeln!(text, "configuration {config}");
     }

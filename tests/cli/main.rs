@@ -12,6 +12,7 @@ mod documents;
 mod endings;
 mod machine_limits;
 mod machines;
+mod machines_kernel;
 mod operations;
 #[path = "../support/mod.rs"]
 mod support;

@@ -229,10 +229,10 @@ fn check_ext(superblock: &[u8], len: u64) -> Result<(), String> {
 fn check_fat(boot: &[u8], len: u64) -> Result<(), String> {
     let number = |at: usize, len: usize| boot[at..at + len].iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
     let or_long = |short: u64, long: u64| if short > 0 { short } else { long };
-    let (sector, cluster, reserved, copies) = (number(11, 2), number(13, 1), number(14, 2), number(16, 1));
+    let (sector, unit, reserved, copies) = (number(11, 2), number(13, 1), number(14, 2), number(16, 1));
     let total = or_long(number(19, 2), number(32, 4));
     let front = reserved + copies * or_long(number(22, 2), number(36, 4)) + (number(17, 2) * 32).div_ceil(sector.max(1));
-    if !(512..=4096).contains(&sector) || !cluster.is_power_of_two() || front >= total || total * sector > len {
+    if !(512..=4096).contains(&sector) || !unit.is_power_of_two() || front >= total || total * sector > len {
         return Err(format!(
             "has a FAT file system of {total} sectors of {sector} bytes, {front} of them in front, on {len} bytes"
         ));
