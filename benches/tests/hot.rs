@@ -40,7 +40,7 @@ fn hot_functions_cost_no_more_instructions_than_they_did() {
     // Of a build as tests have it (`opt-level = 1`).
     let bounds = [
         ("read", 1000, 1_400),
-        ("read-through-layers", 1000, 3_500),
+        ("read-through-layers", 1000, 1_950),
         ("overwrite", 1000, 1_450),
         ("allocate", 100, 6_800),
         ("layout", 1000, 160),
