@@ -1,8 +1,8 @@
 //! What the kernel is asked for, and in which order, as strace sees it.
 //!
 //! Goal: a file that is made bears its name only when it is durable (assumption A7 in docs/crash-consistency.md), and we
-//! sync less often than QEMU for the same writes (promise P4), a new file only once. Method: strace on the real commands; orders and
-//! counts, never times.
+//! sync less often than QEMU for the same writes (promise P4), a new file only once. Method: strace on the real commands;
+//! orders and counts, never times.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 

@@ -41,7 +41,8 @@ pub fn draw(rows: &[Row]) -> String {
         let (colour, label) = if power == 0 { ("#000", "1: the reference".into()) } else { ("#ccc", show_power(power)) };
         let _ = writeln!(
             svg,
-            "<path d=\"M{x:.1} {LINE}V{bottom:.1}\" stroke=\"{colour}\"/><text x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{label}</text>",
+            "<path d=\"M{x:.1} {LINE}V{bottom:.1}\" stroke=\"{colour}\"/>\
+             <text x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{label}</text>",
             bottom + 12.0
         );
     }

@@ -5,12 +5,13 @@ use std::hint::black_box;
 
 use anyhow::{Result, bail};
 use vhd_core::Disk;
+use vhd_core::chain::{ChainOptions, ChildOptions, ParentPolicy, create_child};
 use vhd_core::image::{Image, OpenOptions};
 use vhd_core::layout::Layout;
 use vhd_core::ops::copy::is_zero;
 use vhd_core::storage::{AlignedBuffer, FileStorage};
 
-use crate::case::files::{Random, new_child, new_dynamic, open};
+use crate::case::files::{Random, new_dynamic, open, options};
 
 const BLOCK: u64 = 2 << 20;
 /// Bytes that hold data in the images that are read and overwritten.
@@ -33,13 +34,16 @@ pub fn run(name: &str, times: u64) -> Result<()> {
         }
         "read-through-layers" => {
             drop(filled(&path)?);
+            // valgrind does not know the call that keeps parents in the folder.
+            let any = ParentPolicy { any_parent: true, ..ParentPolicy::default() };
+            let options = |writable| ChainOptions { parents: any.clone(), ..options(writable) };
             let mut leaf = path;
             for layer in 2..9 {
                 let child = folder.path().join(format!("{layer}.vhd"));
-                new_child(&child, &leaf, layer)?;
+                create_child(&child, &leaf, &ChildOptions::new([layer; 16]), &options(false))?;
                 leaf = child;
             }
-            let disk = open(&leaf, true)?;
+            let disk = Disk::open(&leaf, &options(true))?;
             let mut random = Random(1);
             // What is below is remembered from the second look on.
             for at in (0..2 * DATA).step_by(4096) {

@@ -87,7 +87,7 @@ impl<'a> Subject<'a> {
     }
 
     /// The same work with nothing of ours in it: where this misses a goal too, the kernel is the limit.
-    pub fn as_floor(mut self) -> Self {
+    pub fn being_floor(mut self) -> Self {
         self.is_floor = true;
         self
     }
@@ -230,13 +230,13 @@ mod tests {
             rising("1 thread", 1.0),
             rising("2 threads", 1.1).with_target(1.8).with(Goal::Cpu(1.0)),
             rising("bare, 1 thread", 4.0),
-            rising("bare, 2 threads", 5.0).against(2).as_floor(),
+            rising("bare, 2 threads", 5.0).against(2).being_floor(),
         ];
         let rows = alternate("case", Unit::PerSecond, 3, &mut subjects).unwrap();
         assert_eq!(rows[3].ratio[0], 1.25);
         let verdicts: Vec<Verdict> = rows[1].goals.iter().map(|goal| goal.1).collect();
         assert_eq!(verdicts, [Verdict::Limit(1.25), Verdict::Limit(1.25)]);
-        let mut subjects = [rising("raw", 1.0), rising("own", 1.5).with_target(1.8), rising("bare", 2.0).as_floor()];
+        let mut subjects = [rising("raw", 1.0), rising("own", 1.5).with_target(1.8), rising("bare", 2.0).being_floor()];
         let rows = alternate("case", Unit::PerSecond, 3, &mut subjects).unwrap();
         assert_eq!(rows[1].goals[0].1, Verdict::Missed);
     }

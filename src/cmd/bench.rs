@@ -76,8 +76,7 @@ impl BenchArgs {
             let (disk, file) = (format!("{:.0} {}", figure.disk, figure.unit), format!("{:.0} {}", figure.file, figure.unit));
             text += &format!("{:24}{disk:>14}{file:>18}{:>8.2}\n", figure.what, figure.ratio);
         }
-        text += "Reads only, through the page cache: a second run over an image that fits into memory says what the way costs, a first one what\n\
-                 the disk does. A ratio of 1 means that the disk is as fast as bare reads of its files at the same places.\n";
+        text += "Only reads, through the page cache. Ratio 1: as fast as bare reads of the files at the same places.\n";
         context.print(&text, &figures)?;
         Ok(Answer::Yes)
     }

@@ -106,7 +106,7 @@ pub fn read(place: &Place) -> Result<Vec<Row>> {
         Subject::new("1 layer", || random_reads(&one, &mut a)),
         Subject::new("30 layers", || random_reads(&all, &mut b)).with_target(0.85),
         Subject::new("30 layers, open for writing", || random_reads(&writable, &mut d)).with_target(0.85),
-        Subject::new("bare preads of the same places", || bare.random_reads(&mut c)).as_floor(),
+        Subject::new("bare preads of the same places", || bare.random_reads(&mut c)).being_floor(),
     ];
     let rows = alternate("4 KiB random read, warm", Unit::PerSecond, place.rounds, &mut subjects);
     drop(subjects);

@@ -78,7 +78,7 @@ pub fn in_memory(place: &Place) -> Result<Vec<Row>> {
     let mut subjects = vec![
         Subject::new("dd bs=1M conv=notrunc", || shell(&dd)),
         Subject::new("vhd", || run(&mut into())).with_target(0.8).with(Goal::Cpu(1.0)),
-        Subject::new("two dd at once, half each", || shell(&two)).as_floor(),
+        Subject::new("two dd at once, half each", || shell(&two)).being_floor(),
     ];
     if exists("qemu-img") {
         subjects.push(Subject::new("qemu-img -n", || run(&mut files.qemu(("raw", &files.raw), "vpc", true))));
@@ -88,7 +88,7 @@ pub fn in_memory(place: &Place) -> Result<Vec<Row>> {
     let mut subjects = vec![
         Subject::new("dd bs=1M conv=notrunc", || shell(&dd)),
         Subject::new("vhd", || run(&mut files.convert(&files.vhd, "raw"))).with_target(0.8).with(Goal::Cpu(1.0)),
-        Subject::new("two dd at once, half each", || shell(&two)).as_floor(),
+        Subject::new("two dd at once, half each", || shell(&two)).being_floor(),
     ];
     if exists("qemu-img") {
         subjects.push(Subject::new("qemu-img -n", || run(&mut files.qemu(("vpc", &files.vhd), "raw", true))));

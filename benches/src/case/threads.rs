@@ -84,7 +84,7 @@ pub fn threads(place: &Place) -> Result<Vec<Row>> {
             Subject::new("1 thread", || requests(&disk, 1, 200_000, work)),
             Subject::new("2 threads", || requests(&disk, 2, 400_000, work)).with_target(1.8),
             Subject::new("raw file, 1 thread", || bare(&file, 1, 200_000, work)),
-            Subject::new("raw file, 2 threads", || bare(&file, 2, 400_000, work)).against(2).as_floor(),
+            Subject::new("raw file, 2 threads", || bare(&file, 2, 400_000, work)).against(2).being_floor(),
         ];
         rows.extend(alternate(&format!("4 KiB random {name}"), Unit::PerSecond, place.rounds, &mut subjects)?);
     }
@@ -103,7 +103,7 @@ pub fn threads(place: &Place) -> Result<Vec<Row>> {
         Subject::new("1 thread", || allocate(1)),
         Subject::new("2 threads", || allocate(2)).with_target(1.4),
         Subject::new("raw file, 1 thread", || sparse(1)),
-        Subject::new("raw file, 2 threads", || sparse(2)).against(2).as_floor(),
+        Subject::new("raw file, 2 threads", || sparse(2)).against(2).being_floor(),
     ];
     rows.extend(alternate("4 KiB writes that allocate a block each", Unit::PerSecond, place.rounds, &mut subjects)?);
     std::fs::remove_file(&path)?;

@@ -1,9 +1,9 @@
 //! Who holds what in the layers that nobody writes, found once and remembered: so that a read through many layers costs what
 //! one through a few does.
 //!
-//! Parents do not change while a chain is open, nor does a leaf that was opened for reading, so what was found stays true. A stretch of the disk is remembered when it
-//! is asked for the second time: random reads over a disk that is far larger than the memory for this gain nothing from
-//! looking at whole stretches.
+//! Parents do not change while a chain is open, nor does a leaf that was opened for reading, so what was found stays true. A
+//! stretch of the disk is remembered when it is asked for the second time: random reads over a disk that is far larger than
+//! the memory for this gain nothing from looking at whole stretches.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
