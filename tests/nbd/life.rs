@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use tempfile::NamedTempFile;
 use vhd_core::Disk;
 
-use super::server::{Server, eventually, folder_with_disk, has, sh, shell};
+use super::server::{Server, Volume, eventually, folder_with_disk, has, sh, shell};
 use super::support::{done, json, noise, refused, text, vhd, vhd_in};
 use super::wire::*;
 
@@ -237,31 +237,9 @@ fn metrics_count_what_clients_do() {
     assert!(process.wait().unwrap().success());
 }
 
-/// A small volume of the host, which goes when this is dropped.
-struct Volume(tempfile::TempDir);
-
-impl Volume {
-    fn new(size: &str) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        let mount = format!("mount -t tmpfs -o size={size} vhd-nbd-test {}", folder.path().display());
-        if !nix::unistd::geteuid().is_root() || !shell(folder.path(), &mount).status.success() {
-            assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "CI must test full volumes: not root");
-            eprintln!("SKIPPED: a full volume needs root");
-            return None;
-        }
-        Some(Self(folder))
-    }
-}
-
-impl Drop for Volume {
-    fn drop(&mut self) {
-        shell(Path::new("/"), &format!("umount --lazy {}", self.0.path().display()));
-    }
-}
-
 fn fill_and_go_on(log_on_the_volume: bool) {
     let Some(volume) = Volume::new("24M") else { return };
-    let folder = volume.0.path();
+    let folder = volume.path();
     done(folder, "create disk.vhd --size 64M");
     let log = if log_on_the_volume { NamedTempFile::new_in(folder) } else { NamedTempFile::new() }.unwrap();
     let server = Server::start_logging(folder, "disk.vhd --low-space 8M --listen unix:s --control c", log);

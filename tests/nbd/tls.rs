@@ -128,3 +128,18 @@ fn what_would_let_anyone_in_is_refused() {
         Server::start_at(folder.path(), &format!("disk.vhd --control c --listen {listen} {mode}")).stop();
     }
 }
+
+/// What was agreed on in plain counts no more: replies are simple again, and no context is chosen.
+#[test]
+fn tls_begins_anew() {
+    if !has("nbdinfo") {
+        return;
+    }
+    let folder = folder_with_disk("8M");
+    certificates(folder.path());
+    let server = Server::start_at(folder.path(), "disk.vhd --control c --listen tcp:127.0.0.1:0 --tls-certs certs --tls on");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/nbd/starttls.py");
+    let said = sh(folder.path(), &format!("/usr/bin/python3 {} {} nobody/ca-cert.pem", script.display(), server.port()));
+    assert_eq!(said, "as expected\n");
+    server.stop();
+}

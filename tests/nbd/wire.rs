@@ -109,14 +109,35 @@ pub fn meta_data(name: &str, queries: &[&str]) -> Vec<u8> {
     [string(name), (queries.len() as u32).to_be_bytes().to_vec(), queries_data].concat()
 }
 
+/// A TCP connection from 127.0.0.`host`. It is called a Unix stream, which is a socket like any other to its methods.
+pub fn tcp_from(host: u8, port: u16) -> UnixStream {
+    use std::os::fd::AsRawFd;
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket};
+    let stream = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    bind(stream.as_raw_fd(), &SockaddrIn::new(127, 0, 0, host, 0)).unwrap();
+    connect(stream.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, port)).unwrap();
+    stream.into()
+}
+
 impl Wire {
     /// Connects and exchanges flags.
     pub fn connect(socket: &Path) -> Self {
         Self::connect_with(socket, 3)
     }
 
+    /// As [`Wire::open`], in simple style, over TCP and from this address of the loopback network.
+    pub fn open_from(host: u8, port: u16) -> Self {
+        let mut wire = Self::greet(tcp_from(host, port), 3);
+        wire.go("");
+        wire
+    }
+
     pub fn connect_with(socket: &Path, flags: u32) -> Self {
-        let stream = UnixStream::connect(socket).unwrap();
+        Self::greet(UnixStream::connect(socket).unwrap(), flags)
+    }
+
+    fn greet(stream: UnixStream, flags: u32) -> Self {
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let mut wire = Self { stream, style: Style::Simple, size: 0, flags: 0 };
         assert_eq!(wire.take(18), b"NBDMAGICIHAVEOPT\0\x03");
@@ -291,9 +312,11 @@ impl Wire {
                 None => (0, &reply.payload[..]),
                 Some(0) => continue,
                 Some(1) => ((be64(&reply.payload, 0) - offset) as usize, &reply.payload[8..]),
+                Some(2) => ((be64(&reply.payload, 0) - offset) as usize, &[][..]),
                 Some(kind) => panic!("chunk of kind {kind}"),
             };
             assert!(reply.offset.is_none_or(|found| found == offset), "the reply repeats the request's offset");
+            let data = if reply.kind == Some(2) { &vec![0; be32(&reply.payload, 8) as usize] } else { data };
             bytes[at..at + data.len()].copy_from_slice(data);
             filled += data.len();
         }
