@@ -85,8 +85,10 @@ fn a_simple_reply_that_fails_in_the_middle_ends_the_session() {
     with_cut_disk(|server, _| {
         let mut wire = Wire::open(&server.socket(), "", Style::Simple);
         wire.request(0, READ, 5, 0, SIZE as u64);
+        let began = std::time::Instant::now();
         let rest = super::server::rest(&mut wire.stream);
         assert!(rest.len() < SIZE + 16, "{} bytes came", rest.len());
+        assert!(began.elapsed() < std::time::Duration::from_secs(30), "the client is not left waiting");
         // One that fails at its beginning can.
         let mut wire = Wire::open(&server.socket(), "", Style::Simple);
         assert_eq!(wire.error_of(0, READ, 6 << 20, 2 << 20), EIO);

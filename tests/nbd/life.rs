@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use tempfile::NamedTempFile;
 use vhd_core::Disk;
 
-use super::server::{Server, Volume, eventually, folder_with_disk, has, sh, shell};
+use super::server::{Server, Volume, eventually, folder_with_disk, has, sh};
 use super::support::{done, json, noise, refused, text, vhd, vhd_in};
 use super::wire::*;
 

@@ -1,9 +1,13 @@
 //! A client of the protocol that shares no code with the server, and does what it is told, sensible or not.
 
 use std::io::{Read, Write};
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
+
+use socket2::{Domain, Socket, Type};
 
 pub const ACK: u32 = 1;
 pub const SERVER: u32 = 2;
@@ -111,13 +115,11 @@ pub fn meta_data(name: &str, queries: &[&str]) -> Vec<u8> {
 
 /// A TCP connection from 127.0.0.`host`. It is called a Unix stream, which is a socket like any other to its methods.
 pub fn tcp_from(host: u8, port: u16) -> UnixStream {
-    use std::os::fd::AsRawFd;
-
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket};
-    let stream = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
-    bind(stream.as_raw_fd(), &SockaddrIn::new(127, 0, 0, host, 0)).unwrap();
-    connect(stream.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, port)).unwrap();
-    stream.into()
+    let address = |host, port| SocketAddr::from(([127, 0, 0, host], port)).into();
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.bind(&address(host, 0)).unwrap();
+    socket.connect(&address(1, port)).unwrap();
+    OwnedFd::from(socket).into()
 }
 
 impl Wire {

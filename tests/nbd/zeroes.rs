@@ -31,8 +31,10 @@ fn what_no_image_holds_is_told_and_not_sent() {
     let folder = folder_with_disk("64M");
     let data = noise(1, 512 << 10);
     assert!(vhd_fed(folder.path(), "write disk.vhd --offset 2M", &data).status.success());
-    done(folder.path(), "create child.vhd --parent disk.vhd");
     for image in ["disk.vhd", "child.vhd"] {
+        if image == "child.vhd" {
+            done(folder.path(), "create child.vhd --parent disk.vhd");
+        }
         let server = Server::start(folder.path(), image);
         for style in [Style::Structured, Style::Extended] {
             let mut wire = Wire::open(&server.socket(), "", style);

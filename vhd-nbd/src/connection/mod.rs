@@ -83,7 +83,7 @@ pub async fn serve(
 ) -> io::Result<()> {
     let flight = Flight::new(&shared.limits, Arc::clone(&shared.budget), Arc::clone(&client.share));
     let extended = session.extended();
-    let work = Arc::new(Work::new(visit, session, Outbox::new(direct), &client.share));
+    let work = Arc::new(Work::new(visit, session, Outbox::new(direct, Arc::clone(&client)), &client.share));
     let mut writing = Writing::start(&work, writer);
     let mut connection = Connection {
         input: Input::new(stream, ahead, client.phase()),

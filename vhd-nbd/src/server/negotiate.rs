@@ -6,8 +6,11 @@ use std::sync::atomic::Ordering;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::task::JoinHandle;
 
-use super::{Server, accept::Pipes};
+use super::Server;
+use super::accept::{Arrived, Pipes};
+use super::workers::Workers;
 use crate::client::{Client, Phase};
 use crate::connection::{self, Direct};
 use crate::handshake::{Handshake, Session, Step};
@@ -32,13 +35,19 @@ enum Agreed {
 
 impl Server {
     /// Serves a client in a task of its own.
-    pub(super) fn spawn(self: &Arc<Self>, stream: Incoming, peer: Peer, from: String) -> Option<tokio::task::JoinHandle<()>> {
+    pub(super) fn spawn(
+        self: &Arc<Self>,
+        workers: &Workers,
+        stream: Arrived,
+        peer: Peer,
+        from: String,
+    ) -> Option<JoinHandle<()>> {
         let client = self.clients.add(peer, from, self.options.limits.connections)?;
         let server = Arc::clone(self);
-        Some(tokio::spawn(async move {
+        workers.spawn(async move {
             let mut phase = client.phase();
             let ended = tokio::select! {
-                ended = server.client(&client, stream) => ended,
+                ended = async { server.client(&client, stream.register()?).await } => ended,
                 _ = phase.wait_for(|phase| *phase == Phase::Ended) => Ok(()),
             };
             match ended {
@@ -49,7 +58,7 @@ impl Server {
             // One waits for the end of all, another for the end of the server.
             server.left.notify_waiters();
             server.left.notify_one();
-        }))
+        })
     }
 
     async fn client(&self, client: &Arc<Client>, mut stream: Incoming) -> io::Result<()> {
