@@ -46,9 +46,11 @@ impl Server {
         let server = Arc::clone(self);
         workers.spawn(async move {
             let mut phase = client.phase();
+            // What `wait_for` gives locks the phase, and the client's end looks at that.
+            let given_up = async { drop(phase.wait_for(|phase| *phase == Phase::Ended).await) };
             let ended = tokio::select! {
                 ended = async { server.client(&client, stream.register()?).await } => ended,
-                _ = phase.wait_for(|phase| *phase == Phase::Ended) => Ok(()),
+                () = given_up => Ok(()),
             };
             match ended {
                 Ok(()) => tracing::debug!("client {}: gone after {} requests", client.id, client.requests()),
