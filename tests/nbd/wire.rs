@@ -1,6 +1,6 @@
 //! A client of the protocol that shares no code with the server, and does what it is told, sensible or not.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -193,7 +193,10 @@ impl Wire {
 
     /// True when the server ended the session, with nothing more to say.
     pub fn is_over(&mut self) -> bool {
-        matches!(self.stream.read(&mut [0]), Ok(0) | Err(_))
+        match self.stream.read(&mut [0]) {
+            Ok(count) => count == 0,
+            Err(error) => matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe),
+        }
     }
 
     pub fn option_header(&mut self, option: u32, len: u32) {
@@ -229,6 +232,12 @@ impl Wire {
 
     /// Sends a request's header.
     pub fn request(&mut self, flags: u16, command: u16, cookie: u64, offset: u64, len: u64) {
+        let bytes = self.request_bytes(flags, command, cookie, offset, len);
+        self.send(&bytes);
+    }
+
+    /// A request's header.
+    pub fn request_bytes(&self, flags: u16, command: u16, cookie: u64, offset: u64, len: u64) -> Vec<u8> {
         let extended = self.style == Style::Extended;
         let magic: u32 = if extended { 0x21e4_1c71 } else { 0x2560_9513 };
         let mut bytes = magic.to_be_bytes().to_vec();
@@ -238,7 +247,7 @@ impl Wire {
             true => bytes.extend(len.to_be_bytes()),
             false => bytes.extend((len as u32).to_be_bytes()),
         }
-        self.send(&bytes);
+        bytes
     }
 
     /// Sends a WRITE.

@@ -16,7 +16,6 @@ use vhd_core::{Error, ErrorKind, Result};
 
 use super::Server;
 use super::negotiate::Incoming;
-use super::workers::Workers;
 use crate::peer::Peer;
 
 /// Bytes that a Unix socket takes without a reader: a long reply, so that it need not wait. The system may allow less.
@@ -37,24 +36,6 @@ pub enum Listen {
     Stdio,
     /// The socket that systemd, or another who knows its convention, passed on.
     Activated,
-}
-
-/// A client's stream that no runtime has yet.
-pub(super) enum Arrived {
-    Tcp(std::net::TcpStream),
-    Unix(std::os::unix::net::UnixStream),
-    Pipes,
-}
-
-impl Arrived {
-    /// The stream, of the runtime that this is called in.
-    pub(super) fn register(self) -> io::Result<Incoming> {
-        Ok(match self {
-            Self::Tcp(stream) => tcp(TcpStream::from_std(stream)?),
-            Self::Unix(stream) => unix(UnixStream::from_std(stream)?),
-            Self::Pipes => Incoming::Pipes(Pipes { input: tokio::io::stdin(), output: tokio::io::stdout() }),
-        })
-    }
 }
 
 /// A socket that clients come to.
@@ -94,26 +75,22 @@ impl Listener {
     }
 
     /// Takes clients for ever. On stdio there is one, and with it this ends.
-    pub(super) async fn accept(&self, server: &Arc<Server>, workers: &Workers) {
+    pub(super) async fn accept(&self, server: &Arc<Server>) {
         loop {
             let came = match self {
-                Self::Unix { socket, .. } => socket.accept().await.and_then(|(stream, _)| {
-                    let (peer, from) = unix_peer(&stream);
-                    Ok((peer, from, Arrived::Unix(stream.into_std()?)))
-                }),
-                Self::Tcp(socket) => socket.accept().await.and_then(|(stream, from)| {
-                    let peer = Peer::at(from.ip());
-                    Ok((peer, from.to_string(), Arrived::Tcp(stream.into_std()?)))
-                }),
+                Self::Unix { socket, .. } => socket.accept().await.map(|(stream, _)| (unix_peer(&stream), unix(stream))),
+                Self::Tcp(socket) => {
+                    socket.accept().await.map(|(stream, from)| ((Peer::at(from.ip()), from.to_string()), tcp(stream)))
+                }
                 Self::Stdio => {
-                    if let Some(serving) = server.spawn(workers, stdio(), Peer::Starter, "stdio".into()) {
+                    if let Some(serving) = stdio().and_then(|stream| server.spawn(stream, Peer::Starter, "stdio".into())) {
                         let _ = serving.await;
                     }
                     return;
                 }
             };
             match came {
-                Ok((peer, from, stream)) => drop(server.spawn(workers, stream, peer, from)),
+                Ok(((peer, from), stream)) => drop(server.spawn(stream, peer, from)),
                 Err(error) => {
                     tracing::warn!("a client can't be taken: {error}");
                     tokio::time::sleep(PAUSE).await;
@@ -205,16 +182,16 @@ fn escaped(path: &Path) -> String {
 }
 
 /// Who started the server holds the other end: often one socket for both directions, else two pipes.
-fn stdio() -> Arrived {
+fn stdio() -> Option<Incoming> {
     use std::os::fd::AsFd;
     let input = io::stdin().as_fd().try_clone_to_owned();
     if let Ok(input) = input {
         let socket = std::os::unix::net::UnixStream::from(input);
         if socket.local_addr().is_ok() && socket.set_nonblocking(true).is_ok() {
-            return Arrived::Unix(socket);
+            return UnixStream::from_std(socket).ok().map(unix);
         }
     }
-    Arrived::Pipes
+    Some(Incoming::Pipes(Pipes { input: tokio::io::stdin(), output: tokio::io::stdout() }))
 }
 
 /// Stdin and stdout as one stream.

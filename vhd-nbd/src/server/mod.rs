@@ -3,7 +3,6 @@
 mod accept;
 mod admin;
 mod negotiate;
-mod workers;
 
 pub use accept::Listen;
 pub use admin::Admin;
@@ -12,14 +11,13 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::runtime::Builder;
+use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 use tokio_rustls::TlsAcceptor;
 use vhd_core::{Error, Result};
 
 use self::accept::Listener;
-use self::workers::Workers;
 use crate::buffers::Pool;
 use crate::client::{Clients, Phase};
 use crate::connection::Shared;
@@ -27,6 +25,8 @@ use crate::export::Table;
 use crate::handshake::TlsPolicy;
 use crate::limits::{Budget, Limits};
 
+/// Threads that wait for disks at most: those of a few that hang, and some more.
+const DISK_THREADS: usize = 512;
 /// How often clients are looked at.
 const SWEEP: Duration = Duration::from_millis(500);
 /// How long a disk may take to finish what was begun, when the server ends.
@@ -104,17 +104,15 @@ impl Server {
     /// As the address can't be listened on; as `ready` fails; as an image can't be closed, which means that data may be lost.
     pub fn run(self: &Arc<Self>, listen: &Listen, ready: impl FnOnce(&str) -> Result<()>) -> Result<()> {
         raise_descriptor_limit();
-        let failed = |error| Error::io(error, "the server can't be started");
-        let runtime = Builder::new_current_thread().enable_all().build().map_err(failed)?;
-        let workers = Workers::start().map_err(failed)?;
-        let served = runtime.block_on(self.serve(listen, &workers, ready));
+        let runtime = runtime().map_err(|error| Error::io(error, "the server can't be started"))?;
+        let served = runtime.block_on(self.serve(listen, ready));
         let closed = self.close();
         // Nothing is left that matters: clients are gone, or were given up.
         runtime.shutdown_background();
         served.and(closed)
     }
 
-    async fn serve(self: &Arc<Self>, listen: &Listen, workers: &Workers, ready: impl FnOnce(&str) -> Result<()>) -> Result<()> {
+    async fn serve(self: &Arc<Self>, listen: &Listen, ready: impl FnOnce(&str) -> Result<()>) -> Result<()> {
         let failed = |error: io::Error| Error::io(error, "signals can't be waited for");
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
@@ -128,7 +126,7 @@ impl Server {
             _ = hang_up.recv() => {}
             () = self.stop.notified() => {}
             () = self.served_once() => {}
-            () = listener.accept(self, workers) => {}
+            () = listener.accept(self) => {}
         }
         drop(listener);
         self.end_clients().await;
@@ -177,6 +175,13 @@ impl Server {
         }
         result
     }
+}
+
+fn runtime() -> io::Result<Runtime> {
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let mut builder = Builder::new_multi_thread();
+    builder.worker_threads(cores.max(2)).max_blocking_threads(DISK_THREADS).thread_name("vhd-nbd").enable_all();
+    builder.build()
 }
 
 /// A connection is a descriptor: what the user may have, the server may use.

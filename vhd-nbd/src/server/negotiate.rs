@@ -6,11 +6,8 @@ use std::sync::atomic::Ordering;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::task::JoinHandle;
 
-use super::Server;
-use super::accept::{Arrived, Pipes};
-use super::workers::Workers;
+use super::{Server, accept::Pipes};
 use crate::client::{Client, Phase};
 use crate::connection::{self, Direct};
 use crate::handshake::{Handshake, Session, Step};
@@ -35,21 +32,15 @@ enum Agreed {
 
 impl Server {
     /// Serves a client in a task of its own.
-    pub(super) fn spawn(
-        self: &Arc<Self>,
-        workers: &Workers,
-        stream: Arrived,
-        peer: Peer,
-        from: String,
-    ) -> Option<JoinHandle<()>> {
+    pub(super) fn spawn(self: &Arc<Self>, stream: Incoming, peer: Peer, from: String) -> Option<tokio::task::JoinHandle<()>> {
         let client = self.clients.add(peer, from, self.options.limits.connections)?;
         let server = Arc::clone(self);
-        workers.spawn(async move {
+        Some(tokio::spawn(async move {
             let mut phase = client.phase();
             // What `wait_for` gives locks the phase, and the client's end looks at that.
             let given_up = async { drop(phase.wait_for(|phase| *phase == Phase::Ended).await) };
             let ended = tokio::select! {
-                ended = async { server.client(&client, stream.register()?).await } => ended,
+                ended = server.client(&client, stream) => ended,
                 () = given_up => Ok(()),
             };
             match ended {
@@ -60,7 +51,7 @@ impl Server {
             // One waits for the end of all, another for the end of the server.
             server.left.notify_waiters();
             server.left.notify_one();
-        })
+        }))
     }
 
     async fn client(&self, client: &Arc<Client>, mut stream: Incoming) -> io::Result<()> {
