@@ -54,7 +54,7 @@ fn a_client_that_takes_nothing_does_not_hold_up_the_end_for_long() {
     let folder = folder_with_disk("128M");
     let server = Server::start(folder.path(), "disk.vhd");
     let mut silent = Wire::open(&server.socket(), "", Style::Structured);
-    silent.request(0, READ, 1, 0, 64 << 20);
+    silent.request(DF, READ, 1, 0, 64 << 20);
     silent.take(1 << 20);
     let began = Instant::now();
     server.stop();
@@ -92,7 +92,7 @@ fn ready_fd_gets_the_uri_when_clients_may_come() {
             env!("CARGO_BIN_EXE_vhd")
         ),
     );
-    assert!(uri.starts_with("nbd+unix:///?socket="), "{uri}");
+    assert!(uri.starts_with("nbd+unix:///?socket=/"), "a client in another folder could not use {uri}");
     let reply = refused(folder.path(), "serve disk.vhd --listen unix:s --control c --ready-fd 99");
     assert!(reply.contains("--ready-fd"), "{reply}");
 }
@@ -256,6 +256,7 @@ fn fill_and_go_on(log_on_the_volume: bool) {
     }
     assert_eq!(wire.write_error(0, 0, &block(99)), 0, "what has its room is written");
     eventually("a warning", || log_on_the_volume || server.log().contains("[low-space]"));
+    assert!(!server.log().contains('\x1b'), "colours are for terminals: {}", server.log());
     fs::remove_file(folder.join("ballast")).unwrap();
     assert_eq!(wire.write_error(FUA, 60 << 20, &block(60)), 0, "it goes on when there is room");
     server.stop();

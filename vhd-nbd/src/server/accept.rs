@@ -65,7 +65,11 @@ impl Listener {
     pub(super) fn uri(&self, tls: bool) -> String {
         let scheme = if tls { "nbds" } else { "nbd" };
         match self {
-            Self::Unix { path, .. } => format!("{scheme}+unix:///?socket={}", escaped(path)),
+            // Clients may be in another folder.
+            Self::Unix { path, .. } => {
+                let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                format!("{scheme}+unix:///?socket={}", escaped(&path))
+            }
             Self::Tcp(socket) => {
                 let address = socket.local_addr().map_or_else(|_| "?".to_owned(), |address| address.to_string());
                 format!("{scheme}://{address}")
