@@ -131,7 +131,7 @@ impl Clients {
         self.lock().clone()
     }
 
-    /// A new connection. Where there are `most` already, another makes room ([`who_goes`]); `None` when none has to.
+    /// A new connection. Where there are `most` already, another makes room (`who_goes`); `None` when none has to.
     #[must_use]
     pub fn add(&self, peer: Peer, from: String, most: usize) -> Option<Arc<Client>> {
         let mut list = self.lock();
