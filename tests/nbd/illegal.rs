@@ -78,7 +78,8 @@ fn info_is_told_as_it_is_asked_for() {
 #[test]
 fn export_name_works_and_fails_as_it_always_did() {
     let folder = folder_with_disk("8M");
-    let server = Server::start(folder.path(), "disk.vhd");
+    // Not its patience is to end them.
+    let server = Server::start(folder.path(), "disk.vhd --handshake-timeout 300");
     for (flags, padding) in [(3, 0), (1, 124)] {
         let mut wire = Wire::connect_with(&server.socket(), flags);
         wire.option_header(EXPORT_NAME, 4);
