@@ -68,7 +68,12 @@ impl Context {
             _ => "debug",
         };
         let filter = tracing_subscriber::EnvFilter::try_from_env("VHD_LOG").unwrap_or_else(|_| level.into());
-        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).without_time().with_target(false);
+        let log = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(io::stderr)
+            .with_ansi(io::stderr().is_terminal())
+            .without_time()
+            .with_target(false);
         // A log that can't be written, as on a full volume, is no reason to fail.
         let _ = log.log_internal_errors(false).try_init();
         Self { json: global.json, quiet: global.quiet, force_progress: global.progress, interrupted: Arc::default() }

@@ -48,7 +48,12 @@ fn nbdinfo_sees_the_export_as_it_is() {
         assert_eq!(export[format!("can_{can}")], true, "{can}");
         assert!(shell(folder.path(), &format!("nbdinfo --can {} '{uri}'", can.replace('_', "-"))).status.success(), "{can}");
     }
-    assert!(!shell(folder.path(), &format!("nbdinfo --is read-only '{uri}'")).status.success());
+    for what in ["--can connect", "--can read", "--can write", "--can structured-reply"] {
+        assert!(shell(folder.path(), &format!("nbdinfo {what} '{uri}'")).status.success(), "{what}");
+    }
+    for what in ["--is read-only", "--is rotational", "--is tls"] {
+        assert_eq!(shell(folder.path(), &format!("nbdinfo {what} '{uri}'")).status.code(), Some(2), "{what}");
+    }
     assert_eq!(export["contexts"], serde_json::json!(["base:allocation", "qemu:allocation-depth", "vhd:dirty:base.vhd"]));
     assert!(sh(folder.path(), &format!("nbdinfo --list '{uri}'")).contains("export=\"leaf\":"));
     let map: Value = serde_json::from_str(&sh(folder.path(), &format!("nbdinfo --map --json '{uri}'"))).unwrap();

@@ -78,7 +78,9 @@ fn clients_that_never_read_hold_up_nobody() {
             wire.style = Style::Structured;
             let magic: u32 = if style == Style::Extended { 0x21e4_1c71 } else { 0x2560_9513 };
             let request = |len: u64| {
-                let mut bytes = [&magic.to_be_bytes()[..], &[0; 4], &[1; 8], &[0; 8]].concat();
+                // As one chunk, so that the zeros are sent.
+                let flags = if style == Style::Simple { 0 } else { DF };
+                let mut bytes = [&magic.to_be_bytes()[..], &flags.to_be_bytes(), &[0; 2], &[1; 8], &[0; 8]].concat();
                 if style == Style::Extended {
                     bytes.extend(len.to_be_bytes())
                 } else {

@@ -111,3 +111,28 @@ fn a_killed_server_loses_nothing_flushed_of_a_child() {
     kill_again_and_again(folder.path(), "child.vhd");
     assert!(fs::read(folder.path().join("base.vhd")).unwrap() == before, "the parent was written");
 }
+
+/// Each once, right before the kill. The parent's data would show through if it were not durable.
+#[test]
+fn one_write_or_zeroing_with_fua_survives_a_kill() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    done(path, "create base.vhd --size 8M");
+    assert!(super::support::vhd_fed(path, "write base.vhd --offset 0", &[7; 4 << 20]).status.success());
+    done(path, "create child.vhd --parent base.vhd");
+    for (command, flags, offset) in [(TRIM, FUA, 0), (ZERO, FUA, 1 << 20), (ZERO, FUA | NO_HOLE, 2 << 20), (WRITE, FUA, 3 << 20)]
+    {
+        let server = Server::start(path, "child.vhd");
+        let mut wire = Wire::open(&server.socket(), "", Style::Simple);
+        let error = match command {
+            WRITE => wire.write_error(flags, offset, &[0; 64 << 10]),
+            _ => wire.error_of(flags, command, offset, 64 << 10),
+        };
+        assert_eq!(error, 0);
+        server.kill();
+        let disk = Disk::open(&path.join("child.vhd"), &Default::default()).unwrap();
+        let mut found = vec![9; 64 << 10];
+        disk.read_at(&mut found, offset).unwrap();
+        assert!(found.iter().all(|byte| *byte == 0), "command {command}, flags {flags}");
+    }
+}

@@ -59,6 +59,11 @@ impl Server {
         format!("nbd+unix:///{name}?socket={}", self.socket().display())
     }
 
+    /// The port, where it listens on TCP.
+    pub fn port(&self) -> u16 {
+        self.uri.rsplit_once(':').unwrap().1.parse().unwrap()
+    }
+
     /// What it said on stderr so far.
     pub fn log(&self) -> String {
         fs::read_to_string(self.log.path()).unwrap()
@@ -165,4 +170,30 @@ pub fn rest(stream: &mut impl Read) -> Vec<u8> {
     // A reset is an end, too.
     let _ = stream.read_to_end(&mut bytes);
     bytes
+}
+
+/// A small volume of the host, which goes when this is dropped.
+pub struct Volume(TempDir);
+
+impl Volume {
+    pub fn new(size: &str) -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let mount = format!("mount -t tmpfs -o size={size} vhd-nbd-test {}", folder.path().display());
+        if !nix::unistd::geteuid().is_root() || !shell(folder.path(), &mount).status.success() {
+            assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "CI must test full volumes: not root");
+            eprintln!("SKIPPED: a full volume needs root");
+            return None;
+        }
+        Some(Self(folder))
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        shell(Path::new("/"), &format!("umount --lazy {}", self.0.path().display()));
+    }
 }

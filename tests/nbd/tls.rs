@@ -1,6 +1,7 @@
 //! Encrypted clients, and plain ones where they are not wanted.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
@@ -99,10 +100,10 @@ fn before_tls_nothing_is_told_and_after_it_nothing_of_before_counts() {
         assert_eq!(wire.option_kind(option, &data), ERR_TLS, "option {option}");
     }
     // What an attacker puts behind it is not taken as said under its protection: the next bytes must be TLS.
-    wire.option_header(STARTTLS, 0);
-    wire.option_header(LIST, 0);
+    wire.send(b"IHAVEOPT\0\0\0\x05\0\0\0\0IHAVEOPT\0\0\0\x03\0\0\0\0");
     assert_eq!(wire.option_replies(STARTTLS), [(ACK, vec![])]);
-    wire.option_header(LIST, 0);
+    // It may have ended the session by now.
+    let _ = wire.stream.write_all(b"IHAVEOPT\0\0\0\x03\0\0\0\0");
     let answer = super::server::rest(&mut wire.stream);
     assert!(!answer.windows(4).any(|bytes| bytes == b"disk"), "an export was told in plain");
     let mut wire = Wire::connect(&server.socket());
@@ -127,4 +128,19 @@ fn what_would_let_anyone_in_is_refused() {
     for (mode, listen) in [("--insecure", "tcp:0.0.0.0:0"), ("--tls required --tls-certs certs", "tcp:0.0.0.0:0")] {
         Server::start_at(folder.path(), &format!("disk.vhd --control c --listen {listen} {mode}")).stop();
     }
+}
+
+/// What was agreed on in plain counts no more: replies are simple again, and no context is chosen.
+#[test]
+fn tls_begins_anew() {
+    if !has("nbdinfo") {
+        return;
+    }
+    let folder = folder_with_disk("8M");
+    certificates(folder.path());
+    let server = Server::start_at(folder.path(), "disk.vhd --control c --listen tcp:127.0.0.1:0 --tls-certs certs --tls on");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/nbd/starttls.py");
+    let said = sh(folder.path(), &format!("/usr/bin/python3 {} {} nobody/ca-cert.pem", script.display(), server.port()));
+    assert_eq!(said, "as expected\n");
+    server.stop();
 }

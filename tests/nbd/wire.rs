@@ -1,9 +1,13 @@
 //! A client of the protocol that shares no code with the server, and does what it is told, sensible or not.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
+
+use socket2::{Domain, Socket, Type};
 
 pub const ACK: u32 = 1;
 pub const SERVER: u32 = 2;
@@ -109,14 +113,33 @@ pub fn meta_data(name: &str, queries: &[&str]) -> Vec<u8> {
     [string(name), (queries.len() as u32).to_be_bytes().to_vec(), queries_data].concat()
 }
 
+/// A TCP connection from 127.0.0.`host`. It is called a Unix stream, which is a socket like any other to its methods.
+pub fn tcp_from(host: u8, port: u16) -> UnixStream {
+    let address = |host, port| SocketAddr::from(([127, 0, 0, host], port)).into();
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.bind(&address(host, 0)).unwrap();
+    socket.connect(&address(1, port)).unwrap();
+    OwnedFd::from(socket).into()
+}
+
 impl Wire {
     /// Connects and exchanges flags.
     pub fn connect(socket: &Path) -> Self {
         Self::connect_with(socket, 3)
     }
 
+    /// As [`Wire::open`], in simple style, over TCP and from this address of the loopback network.
+    pub fn open_from(host: u8, port: u16) -> Self {
+        let mut wire = Self::greet(tcp_from(host, port), 3);
+        wire.go("");
+        wire
+    }
+
     pub fn connect_with(socket: &Path, flags: u32) -> Self {
-        let stream = UnixStream::connect(socket).unwrap();
+        Self::greet(UnixStream::connect(socket).unwrap(), flags)
+    }
+
+    fn greet(stream: UnixStream, flags: u32) -> Self {
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let mut wire = Self { stream, style: Style::Simple, size: 0, flags: 0 };
         assert_eq!(wire.take(18), b"NBDMAGICIHAVEOPT\0\x03");
@@ -170,7 +193,10 @@ impl Wire {
 
     /// True when the server ended the session, with nothing more to say.
     pub fn is_over(&mut self) -> bool {
-        matches!(self.stream.read(&mut [0]), Ok(0) | Err(_))
+        match self.stream.read(&mut [0]) {
+            Ok(count) => count == 0,
+            Err(error) => matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe),
+        }
     }
 
     pub fn option_header(&mut self, option: u32, len: u32) {
@@ -206,6 +232,12 @@ impl Wire {
 
     /// Sends a request's header.
     pub fn request(&mut self, flags: u16, command: u16, cookie: u64, offset: u64, len: u64) {
+        let bytes = self.request_bytes(flags, command, cookie, offset, len);
+        self.send(&bytes);
+    }
+
+    /// A request's header.
+    pub fn request_bytes(&self, flags: u16, command: u16, cookie: u64, offset: u64, len: u64) -> Vec<u8> {
         let extended = self.style == Style::Extended;
         let magic: u32 = if extended { 0x21e4_1c71 } else { 0x2560_9513 };
         let mut bytes = magic.to_be_bytes().to_vec();
@@ -215,7 +247,7 @@ impl Wire {
             true => bytes.extend(len.to_be_bytes()),
             false => bytes.extend((len as u32).to_be_bytes()),
         }
-        self.send(&bytes);
+        bytes
     }
 
     /// Sends a WRITE.
@@ -291,9 +323,11 @@ impl Wire {
                 None => (0, &reply.payload[..]),
                 Some(0) => continue,
                 Some(1) => ((be64(&reply.payload, 0) - offset) as usize, &reply.payload[8..]),
+                Some(2) => ((be64(&reply.payload, 0) - offset) as usize, &[][..]),
                 Some(kind) => panic!("chunk of kind {kind}"),
             };
             assert!(reply.offset.is_none_or(|found| found == offset), "the reply repeats the request's offset");
+            let data = if reply.kind == Some(2) { &vec![0; be32(&reply.payload, 8) as usize] } else { data };
             bytes[at..at + data.len()].copy_from_slice(data);
             filled += data.len();
         }

@@ -65,6 +65,17 @@ impl Extent {
     }
 }
 
+/// What a read found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Bytes that layers hold.
+    Data,
+    /// Zeros that no file has: the metadata says so.
+    Zeros,
+    /// That it would have to wait. What is in the buffers now means nothing.
+    NotNow,
+}
+
 /// What a disk is and can do; constant while it is open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capabilities {
@@ -93,6 +104,16 @@ pub trait BlockDevice: Send + Sync {
     /// # Errors
     /// `OutOfRange`; as a layer can't be read.
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()>;
+
+    /// As [`BlockDevice::read_vectored_at`], and says what was found. Without `wait` it is [`Found::NotNow`] where the data
+    /// is not in the host's memory, as far as the host can tell; metadata that is looked at for the first time is waited for.
+    ///
+    /// # Errors
+    /// As there.
+    fn find_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64, wait: bool) -> Result<Found> {
+        let _ = wait;
+        self.read_vectored_at(bufs, offset).map(|()| Found::Data)
+    }
 
     /// Writes all of `bufs` from `offset` on.
     ///

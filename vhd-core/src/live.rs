@@ -9,11 +9,11 @@ use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
 use uuid::Uuid;
 
-use crate::block::{BlockDevice, Capabilities, Disk, Extent, ZeroMode};
+use crate::block::{BlockDevice, Capabilities, Disk, Extent, Found, ZeroMode};
 use crate::chain::{Chain, ChainOptions, ChildOptions, Layer, UndoSession, create_over_open, open_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Created, Image, OpenOptions};
@@ -76,6 +76,18 @@ impl LiveDisk {
     #[must_use]
     pub fn leaf(&self) -> PathBuf {
         self.0.layer_path(0).unwrap_or_default()
+    }
+
+    /// True while a change is under way, which requests would wait for.
+    #[must_use]
+    pub fn is_changing(&self) -> bool {
+        matches!(self.0.0.try_read(), Err(TryLockError::WouldBlock))
+    }
+
+    /// True when a write waits neither for a change that is under way nor, as far as is known, for another machine.
+    #[must_use]
+    pub fn takes_writes_at_once(&self) -> bool {
+        self.0.0.try_read().is_ok_and(|state| state.open().is_ok_and(|open| open.chain.is_local()))
     }
 
     /// Looks at the chain as it is now. Changes wait meanwhile.
@@ -311,6 +323,10 @@ impl BlockDevice for Shared {
 
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
         self.read().open()?.chain.read_vectored_at(bufs, offset)
+    }
+
+    fn find_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64, wait: bool) -> Result<Found> {
+        self.read().open()?.chain.find_vectored_at(bufs, offset, wait)
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {

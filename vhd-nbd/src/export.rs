@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use tokio::sync::Semaphore;
 use vhd_core::block::{BlockDevice, ZeroMode};
 use vhd_core::chain::{Chain, ChainOptions, ChildOptions};
 use vhd_core::image::Created;
@@ -15,6 +16,7 @@ use crate::codec::{MAX_EXTENTS, MAX_STRING, transmission_flag};
 use crate::context::Context;
 use crate::handshake::{Catalog, ExportInfo};
 use crate::pace::Pace;
+use crate::peer;
 
 /// Bytes that CACHE reads at most: what comes after would push out what came before.
 const CACHE_AT_MOST: u64 = 64 << 20;
@@ -31,8 +33,10 @@ pub struct Export {
     disk: Disk,
     read_only: bool,
     info: Mutex<ExportInfo>,
-    /// Whether requests may be done in the task that read them.
+    /// How it answered so far.
     pub pace: Pace,
+    /// What others go through, to the threads that work on the disk.
+    pub gate: Arc<Semaphore>,
     clients: AtomicUsize,
     removed: AtomicBool,
 }
@@ -59,6 +63,7 @@ impl Export {
             read_only,
             info,
             pace: Pace::default(),
+            gate: peer::gate(),
             clients: AtomicUsize::new(0),
             removed: AtomicBool::new(false),
         }))
@@ -139,6 +144,24 @@ impl Export {
         Ok(())
     }
 
+    /// True when reads may be tried in the task that read their requests.
+    #[must_use]
+    pub fn reads_at_once(&self) -> bool {
+        self.pace.is_fast() && !self.live.is_changing()
+    }
+
+    /// True when writes may be done in the task that read their requests.
+    #[must_use]
+    pub fn writes_at_once(&self) -> bool {
+        self.pace.is_fast() && self.live.takes_writes_at_once()
+    }
+
+    /// True when the host makes any range zero without writing it.
+    #[must_use]
+    pub fn zeroes_fast(&self, keep: bool) -> bool {
+        self.live.with_chain(|chain| Ok(chain.zeroes_fast(mode_of(keep)))).unwrap_or(false)
+    }
+
     /// Makes a range zero.
     ///
     /// # Errors
@@ -147,7 +170,7 @@ impl Export {
         if range.is_empty() {
             return Ok(());
         }
-        self.disk.zero(range, if keep { ZeroMode::Keep } else { ZeroMode::Free })
+        self.disk.zero(range, mode_of(keep))
     }
 
     /// Has the host read a range, so that the next to read it need not wait.
@@ -172,6 +195,10 @@ impl Export {
     pub fn status(&self, range: Range<u64>, contexts: &[&Context], one_extent: bool) -> Result<Vec<Runs>> {
         self.live.with_chain(|chain| status(chain, range, contexts, if one_extent { 1 } else { MAX_EXTENTS }))
     }
+}
+
+fn mode_of(keep: bool) -> ZeroMode {
+    if keep { ZeroMode::Keep } else { ZeroMode::Free }
 }
 
 /// A client of an export.

@@ -16,6 +16,7 @@ pub mod fuzz;
 pub mod handshake;
 mod limits;
 mod pace;
+mod peer;
 pub mod server;
 pub mod source;
 pub mod tls;

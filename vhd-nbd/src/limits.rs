@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use crate::peer::Share;
+
 /// Limits of a server.
 #[derive(Clone, Debug)]
 pub struct Limits {
@@ -15,7 +17,8 @@ pub struct Limits {
     pub requests: usize,
     /// Bytes of data that a connection's requests under way hold. One request is always let in.
     pub bytes: usize,
-    /// Bytes of data of all connections; each connection's first request comes on top.
+    /// Bytes of data of all connections; each connection's first request comes on top. A peer's connections have no more
+    /// of them than they leave to others.
     pub total_bytes: usize,
     /// How long a handshake may take.
     pub handshake: Duration,
@@ -52,9 +55,18 @@ impl Budget {
         Self { used: AtomicUsize::new(0), most }
     }
 
-    fn try_take(&self, len: usize) -> bool {
-        let fits = |used: usize| used.checked_add(len).filter(|used| *used <= self.most);
-        self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_ok()
+    /// Takes `len` bytes for a peer that has `share` already.
+    fn try_take(&self, len: usize, share: &AtomicUsize) -> bool {
+        let mine = share.fetch_add(len, Ordering::Relaxed) + len;
+        let fits = |used: usize| {
+            let left = self.most.checked_sub(used.checked_add(len)?)?;
+            (mine <= left).then_some(used + len)
+        };
+        let taken = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_ok();
+        if !taken {
+            share.fetch_sub(len, Ordering::Relaxed);
+        }
+        taken
     }
 }
 
@@ -66,18 +78,20 @@ pub struct Flight {
     requests: usize,
     most_bytes: usize,
     budget: Arc<Budget>,
+    peer: Arc<Share>,
     landed: Notify,
 }
 
 impl Flight {
     /// Nothing under way.
-    pub fn new(limits: &Limits, budget: Arc<Budget>) -> Arc<Self> {
+    pub fn new(limits: &Limits, budget: Arc<Budget>, peer: Arc<Share>) -> Arc<Self> {
         Arc::new(Self {
             count: AtomicUsize::new(0),
             bytes: AtomicUsize::new(0),
             requests: limits.requests,
             most_bytes: limits.bytes,
             budget,
+            peer,
             landed: Notify::new(),
         })
     }
@@ -88,7 +102,7 @@ impl Flight {
         let room = || {
             self.count.load(Ordering::Relaxed) < self.requests
                 && self.bytes.load(Ordering::Relaxed) + len <= self.most_bytes
-                && self.budget.try_take(len)
+                && self.budget.try_take(len, &self.peer.bytes)
         };
         if !first && !room() {
             return None;
@@ -129,6 +143,7 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         if self.shared {
             self.flight.budget.used.fetch_sub(self.len, Ordering::Relaxed);
+            self.flight.peer.bytes.fetch_sub(self.len, Ordering::Relaxed);
         }
         self.flight.bytes.fetch_sub(self.len, Ordering::Relaxed);
         self.flight.count.fetch_sub(1, Ordering::Release);
@@ -140,22 +155,41 @@ impl Drop for Ticket {
 mod tests {
     use super::*;
 
+    fn flight(limits: &Limits, budget: &Arc<Budget>, peer: &Arc<Share>) -> Arc<Flight> {
+        Flight::new(limits, Arc::clone(budget), Arc::clone(peer))
+    }
+
     #[test]
     fn one_request_is_always_let_in_and_more_while_there_is_room() {
         let limits = Limits { requests: 3, bytes: 100, ..Limits::default() };
-        let budget = Arc::new(Budget::new(60));
-        let (one, other) = (Flight::new(&limits, Arc::clone(&budget)), Flight::new(&limits, Arc::clone(&budget)));
+        let (budget, peers) = (Arc::new(Budget::new(120)), [Arc::<Share>::default(), Arc::default()]);
+        let (one, other) = (flight(&limits, &budget, &peers[0]), flight(&limits, &budget, &peers[1]));
         let first = one.try_admit(1000).unwrap();
         assert!(one.try_admit(1).is_none(), "the bytes of a connection are limited");
         drop(first);
         let held = (one.try_admit(10).unwrap(), one.try_admit(60).unwrap());
         assert!(one.try_admit(0).is_some());
         let first_of_other = other.try_admit(50).unwrap();
-        assert!(other.try_admit(1).is_none(), "the bytes of all are limited");
+        assert!(other.try_admit(60).is_none(), "the bytes of all are limited");
         drop(held);
         let more = (other.try_admit(1).unwrap(), other.try_admit(1).unwrap());
         assert!(other.try_admit(1).is_none(), "the requests of a connection are limited");
         drop((first_of_other, more));
         assert_eq!(budget.used.load(Ordering::Relaxed), 0);
+        assert_eq!(peers.map(|peer| peer.bytes.load(Ordering::Relaxed)), [0, 0]);
+    }
+
+    #[test]
+    fn a_peer_leaves_others_as_many_bytes_as_it_has() {
+        let limits = Limits { bytes: 1000, ..Limits::default() };
+        let (budget, greedy, modest) = (Arc::new(Budget::new(1000)), Arc::<Share>::default(), Arc::<Share>::default());
+        let of_greedy: Vec<_> = (0..100).map(|_| flight(&limits, &budget, &greedy)).collect();
+        let mut tickets: Vec<_> = of_greedy.iter().map(|flight| flight.try_admit(10).unwrap()).collect();
+        tickets.extend(of_greedy.iter().filter_map(|flight| flight.try_admit(10)));
+        assert_eq!(greedy.bytes.load(Ordering::Relaxed), 500);
+        let flight = flight(&limits, &budget, &modest);
+        tickets.push(flight.try_admit(10).unwrap());
+        tickets.extend(std::iter::from_fn(|| flight.try_admit(10)));
+        assert_eq!(modest.bytes.load(Ordering::Relaxed), 250);
     }
 }

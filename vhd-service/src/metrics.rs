@@ -17,7 +17,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
-use vhd_core::block::{BlockDevice, Capabilities, Extent, ZeroMode};
+use vhd_core::block::{BlockDevice, Capabilities, Extent, Found, ZeroMode};
 use vhd_core::{Disk, Error, ErrorKind, Result};
 
 use crate::space;
@@ -211,13 +211,17 @@ impl Counts {
     fn time<T>(&self, bytes: u64, request: impl FnOnce() -> Result<T>) -> Result<T> {
         let began = Instant::now();
         let result = request();
+        self.count(bytes, began, &result);
+        result
+    }
+
+    fn count<T>(&self, bytes: u64, began: Instant, result: &Result<T>) {
         self.latency.observe(began.elapsed().as_secs_f64());
         self.requests.inc();
-        match &result {
+        match result {
             Ok(_) => self.bytes.inc_by(bytes),
             Err(_) => self.errors.inc(),
         };
-        result
     }
 }
 
@@ -250,6 +254,17 @@ impl BlockDevice for Counted {
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
         let bytes = bufs.iter().map(|buf| buf.len() as u64).sum();
         self.of(Kind::Read).time(bytes, || self.disk.read_vectored_at(bufs, offset))
+    }
+
+    fn find_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64, wait: bool) -> Result<Found> {
+        let bytes = bufs.iter().map(|buf| buf.len() as u64).sum();
+        let began = Instant::now();
+        let result = self.disk.find_vectored_at(bufs, offset, wait);
+        // What was put off comes again.
+        if !matches!(result, Ok(Found::NotNow)) {
+            self.of(Kind::Read).count(bytes, began, &result);
+        }
+        result
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {

@@ -9,7 +9,7 @@ mod open;
 mod raw;
 mod session;
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,7 +27,7 @@ pub use session::{UndoMember, UndoSession};
 
 use self::flat::{FlatCache, Visit};
 use self::holes::DataRanges;
-use crate::block::{BlockDevice, Capabilities, Extent, ExtentState, ZeroMode};
+use crate::block::{BlockDevice, Capabilities, Extent, ExtentState, Found, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Below, Image, Run, RunKind};
 use crate::storage::{ReadBuffers, Storage};
@@ -105,10 +105,18 @@ impl Layer {
     }
 
     fn read(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
-        self.storage().read_vectored_at(bufs, offset).map_err(|error| match self {
+        self.storage().read_vectored_at(bufs, offset).map_err(|error| self.read_error(error, offset))
+    }
+
+    fn read_if_cached(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<bool> {
+        self.storage().read_if_cached(bufs, offset).map_err(|error| self.read_error(error, offset))
+    }
+
+    fn read_error(&self, error: io::Error, offset: u64) -> Error {
+        match self {
             Self::Image(image) => image.read_error(error, offset),
             Self::Raw(raw) => raw.error(error, &format!("can't be read at {offset:#x}")),
-        })
+        }
     }
 }
 
@@ -174,10 +182,26 @@ impl Chain {
     /// # Errors
     /// `OutOfRange`; as a layer can't be read.
     pub fn read_layer(&self, depth: usize, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
+        self.find(depth, bufs, offset, true).map(drop)
+    }
+
+    fn find(&self, depth: usize, bufs: &mut [IoSliceMut<'_>], offset: u64, wait: bool) -> Result<Found> {
         let mut bufs = ReadBuffers::new(bufs);
         let range = self.range_of(depth, offset, bufs.len())?;
         let _held = self.leaf().image().map(|image| image.hold());
-        self.from(depth).read(&mut bufs, range)
+        self.from(depth).read(&mut bufs, range, wait)
+    }
+
+    /// True when writes are known to wait for no other machine.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        self.leaf().storage().is_local()
+    }
+
+    /// True when the leaf's host is known to zero a range by metadata, whatever is there.
+    #[must_use]
+    pub fn zeroes_fast(&self, mode: ZeroMode) -> bool {
+        self.leaf().storage().zeroes_fast(mode == ZeroMode::Keep)
     }
 
     /// The extents of the disk that the layer at `depth` would be the leaf of. Depths are those of this chain.
@@ -243,17 +267,26 @@ impl Parents<'_> {
         Parents { depth: self.layers.len(), ..*self }.resolve(beyond, visit)
     }
 
-    fn read(&self, bufs: &mut ReadBuffers<'_>, range: Range<u64>) -> Result<()> {
+    fn read(&self, bufs: &mut ReadBuffers<'_>, range: Range<u64>, wait: bool) -> Result<Found> {
+        let mut found = Found::Zeros;
         self.resolve(range, &mut |run, depth, kind| {
             let len = run.end - run.start;
             match kind {
-                RunKind::Present(offset) => self.layers[depth].read(&mut bufs.take(len), offset),
-                RunKind::Zero | RunKind::Absent => {
-                    bufs.fill_zero(len);
-                    Ok(())
+                RunKind::Present(offset) if wait => {
+                    found = Found::Data;
+                    self.layers[depth].read(&mut bufs.take(len), offset)?;
                 }
+                // Whoever comes back for it begins from the start.
+                _ if found == Found::NotNow => {}
+                RunKind::Present(offset) => {
+                    let is_there = self.layers[depth].read_if_cached(&mut bufs.take(len), offset)?;
+                    found = if is_there { Found::Data } else { Found::NotNow };
+                }
+                RunKind::Zero | RunKind::Absent => bufs.fill_zero(len),
             }
-        })
+            Ok(())
+        })?;
+        Ok(found)
     }
 
     /// As [`Self::resolve`], in terms of extents: holes of the host's files are zero. In runs of less than `grain` bytes they
@@ -312,7 +345,7 @@ impl Parents<'_> {
 impl Below for Parents<'_> {
     fn read_below(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let range = offset..offset + buf.len() as u64;
-        self.read(&mut ReadBuffers::new(&mut [IoSliceMut::new(buf)]), range)
+        self.read(&mut ReadBuffers::new(&mut [IoSliceMut::new(buf)]), range, true).map(drop)
     }
 
     fn zero_runs(&self, range: Range<u64>, visit: &mut dyn FnMut(Range<u64>, bool) -> Result<()>) -> Result<()> {
@@ -336,6 +369,10 @@ impl BlockDevice for Chain {
 
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
         self.read_layer(0, bufs, offset)
+    }
+
+    fn find_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64, wait: bool) -> Result<Found> {
+        self.find(0, bufs, offset, wait)
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {

@@ -12,7 +12,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use nix::sys::uio::{pread, preadv, pwrite, pwritev};
 use nix::unistd::{Whence, lseek};
-use rustix::fs::Advice;
+use rustix::fs::{Advice, fstatfs};
+use rustix::io::{ReadWriteFlags, preadv2};
 
 use super::direct::Direct;
 use super::{LockMode, Storage, lock, write_zeros};
@@ -22,8 +23,28 @@ use crate::error::{Error, ErrorKind, Result};
 const MAX_PIECES: usize = 1024;
 /// Less than this is not worth a call of its own to begin with it.
 const EARLY_MIN: u64 = 128 << 10;
-/// The kernel's number of tmpfs.
-const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
+
+/// What is known of a file's file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FileSystem {
+    /// On a disk of this machine; it punches holes and zeroes ranges by metadata.
+    Disk,
+    /// In memory (tmpfs); it punches holes.
+    Memory,
+    /// Another one, or none: it may be that of another machine.
+    Other,
+}
+
+impl FileSystem {
+    fn of(file: &File) -> Self {
+        match fstatfs(file).map(|found| found.f_type) {
+            // ext4, XFS, Btrfs, F2FS: see statfs(2).
+            Ok(0xEF53 | 0x5846_5342 | 0x9123_683E | 0xF2F5_2010) => Self::Disk,
+            Ok(0x0102_1994) => Self::Memory,
+            _ => Self::Other,
+        }
+    }
+}
 
 /// A regular file or block device, opened once.
 #[derive(Debug)]
@@ -35,6 +56,9 @@ pub struct FileStorage {
     direct: Option<Direct>,
     /// What is written goes on to the medium at once, where it is large.
     early: AtomicBool,
+    /// Reads can't be asked not to wait.
+    always_waits: AtomicBool,
+    file_system: FileSystem,
 }
 
 impl FileStorage {
@@ -76,13 +100,17 @@ impl FileStorage {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(Error::new(ErrorKind::InvalidInput, "is neither a regular file nor a block device").at(path));
         }
+        let is_device = kind.is_block_device();
+        let file_system = if is_device { FileSystem::Other } else { FileSystem::of(&file) };
         Ok(Self {
             file,
             path: path.to_owned(),
-            is_device: kind.is_block_device(),
+            is_device,
             locked: AtomicBool::new(false),
             direct: None,
             early: AtomicBool::new(false),
+            always_waits: AtomicBool::new(false),
+            file_system,
         })
     }
 
@@ -245,6 +273,29 @@ impl Storage for FileStorage {
         })
     }
 
+    fn read_if_cached(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<bool> {
+        if self.direct.as_ref().is_some_and(|direct| i64::try_from(offset).is_ok_and(|at| direct.takes(bufs, at))) {
+            return Ok(false);
+        }
+        if self.file_system == FileSystem::Memory {
+            return self.read_vectored_at(bufs, offset).map(|()| true);
+        }
+        if self.always_waits.load(Ordering::Relaxed) || bufs.len() > MAX_PIECES {
+            return Ok(false);
+        }
+        let wanted: usize = bufs.iter().map(|buf| buf.len()).sum();
+        match preadv2(&self.file, bufs, offset, ReadWriteFlags::NOWAIT) {
+            // What is missing may be on the medium, or behind the end of the file: whoever waits for it finds out.
+            Ok(count) => Ok(count == wanted),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(false),
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS | rustix::io::Errno::INVAL) => {
+                self.always_waits.store(true, Ordering::Relaxed);
+                Ok(false)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
         write_fully(bufs, offset, |bufs, offset| match bufs {
             [buf] => pwrite(self.file_for(&[&**buf], offset), buf, offset),
@@ -256,8 +307,7 @@ impl Storage for FileStorage {
 
     fn write_early(&self) {
         // Memory has no medium, and looking for pages to write costs time.
-        let is_memory = rustix::fs::fstatfs(&self.file).is_ok_and(|found| found.f_type == TMPFS_MAGIC);
-        self.early.store(!is_memory, Ordering::Relaxed);
+        self.early.store(self.file_system != FileSystem::Memory, Ordering::Relaxed);
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -288,6 +338,14 @@ impl Storage for FileStorage {
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => write_zeros(self, range),
             result => Ok(result?),
         }
+    }
+
+    fn zeroes_fast(&self, keep: bool) -> bool {
+        self.file_system == FileSystem::Disk || self.file_system == FileSystem::Memory && !keep
+    }
+
+    fn is_local(&self) -> bool {
+        self.file_system != FileSystem::Other
     }
 
     fn allocate(&self, range: Range<u64>) -> io::Result<()> {
@@ -373,5 +431,29 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         let error = write_fully(&[IoSlice::new(&buf)], 0, |_, _| Ok(0)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::WriteZero);
+    }
+
+    #[test]
+    fn what_is_not_in_memory_is_not_waited_for() {
+        use std::io::Write;
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&[7; 1 << 20]).unwrap();
+        let storage = FileStorage::open(file.path(), true).unwrap();
+        storage.sync().unwrap();
+        let mut buf = [0; 4096];
+        assert!(storage.read_if_cached(&mut [IoSliceMut::new(&mut buf)], 4096).unwrap() || !storage.is_local());
+        let drops = || {
+            nix::fcntl::posix_fadvise(&storage.file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+            !storage.read_if_cached(&mut [IoSliceMut::new(&mut [0; 4096])], 512 << 10).unwrap()
+        };
+        // The kernel keeps what someone else looks at just now.
+        assert!(storage.file_system == FileSystem::Memory || (0..100).any(|_| drops()));
+        storage.read_vectored_at(&mut [IoSliceMut::new(&mut buf)], 512 << 10).unwrap();
+        let mut again = [0; 4096];
+        assert!(storage.read_if_cached(&mut [IoSliceMut::new(&mut again)], 512 << 10).unwrap() || !storage.is_local());
+        assert_eq!((buf, again), ([7; 4096], [7; 4096]));
+        let mut beyond = [0; 4096];
+        let past_the_end = storage.read_if_cached(&mut [IoSliceMut::new(&mut beyond)], (1 << 20) - 512);
+        assert!(!matches!(past_the_end, Ok(true)), "half of it is not there");
     }
 }

@@ -38,6 +38,15 @@ pub trait Storage: Send + Sync + Debug {
     /// `UnexpectedEof` past the end; whatever the host says.
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<()>;
 
+    /// As [`Storage::read_vectored_at`], but where the host can tell that the bytes are not in its memory it does not wait for
+    /// them: false then, and `bufs` hold anything.
+    ///
+    /// # Errors
+    /// As there.
+    fn read_if_cached(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<bool> {
+        self.read_vectored_at(bufs, offset).map(|()| true)
+    }
+
     /// Writes all of `bufs` from `offset` on.
     ///
     /// # Errors
@@ -89,6 +98,18 @@ pub trait Storage: Send + Sync + Debug {
     /// # Errors
     /// Whatever the host says.
     fn zero_range(&self, range: Range<u64>) -> io::Result<()>;
+
+    /// True when the host is known to do [`Storage::punch_hole`], or with `keep` [`Storage::zero_range`], without writing
+    /// all the zeros.
+    fn zeroes_fast(&self, keep: bool) -> bool {
+        let _ = keep;
+        false
+    }
+
+    /// True when writes are known to go to this machine's memory or disk: they wait for nobody else.
+    fn is_local(&self) -> bool {
+        false
+    }
 
     /// Reserves space for a range, so that writing it can't run out of space. Content stays.
     ///

@@ -51,8 +51,8 @@ pub enum Style {
     Extended,
 }
 
-/// Room for the longest header and the offset of a data chunk.
-const HEAD: usize = size_of::<ExtendedBytes>() + size_of::<u64>();
+/// Room for the longest header, and the offset and length of a hole.
+const HEAD: usize = size_of::<ExtendedBytes>() + size_of::<u64>() + size_of::<u32>();
 
 /// The bytes before a reply's data.
 #[derive(Clone, Copy, Debug)]
@@ -123,6 +123,13 @@ impl Style {
         }
         let head = self.chunk(request, Chunk { kind: chunk::OFFSET_DATA, done, len: len + 8 });
         Head::of(&[head.as_bytes(), U64::new(offset).as_bytes()])
+    }
+
+    /// A chunk that says that `len` bytes from `offset` on are zero. Simple replies have no such thing.
+    #[must_use]
+    pub fn hole(self, request: &Request, offset: u64, len: u32, done: bool) -> Head {
+        let head = self.chunk(request, Chunk { kind: chunk::OFFSET_HOLE, done, len: 12 });
+        Head::of(&[head.as_bytes(), U64::new(offset).as_bytes(), U32::new(len).as_bytes()])
     }
 
     /// The reply of a request that is done and returns nothing.

@@ -31,6 +31,9 @@ use crate::transmission::{Operation, Refusal, check, status_payload};
 /// Replies, and bytes of them, that are collected before they are sent.
 const BATCH: usize = 16;
 const BATCH_BYTES: usize = PIECE;
+/// Requests that are done in a row while others wait for the thread, a long one counting for several.
+const ROW: usize = 64;
+const COUNTS_ONE_MORE: usize = 16 << 10;
 /// Payload that is thrown away so as to go on after a bad request. More than that is no mistake.
 const MAX_DISCARD: u64 = 1 << 32;
 /// How long a client may take for its last replies after it has ended the session.
@@ -57,6 +60,8 @@ pub struct Connection<R> {
     pool: Arc<Pool>,
     batch: Vec<Segment>,
     batch_bytes: usize,
+    /// Requests in a row.
+    row: usize,
     /// Requests that are not counted yet.
     asked: u64,
     extended: bool,
@@ -76,9 +81,9 @@ pub async fn serve(
     (stream, ahead): (impl AsyncRead + Unpin, &[u8]),
     (direct, writer): (Option<Direct>, Option<impl AsyncWrite + Unpin + Send + 'static>),
 ) -> io::Result<()> {
-    let flight = Flight::new(&shared.limits, Arc::clone(&shared.budget));
+    let flight = Flight::new(&shared.limits, Arc::clone(&shared.budget), Arc::clone(&client.share));
     let extended = session.extended();
-    let work = Arc::new(Work::new(visit, session, Outbox::new(direct)));
+    let work = Arc::new(Work::new(visit, session, Outbox::new(direct, Arc::clone(&client)), &client.share));
     let mut writing = Writing::start(&work, writer);
     let mut connection = Connection {
         input: Input::new(stream, ahead, client.phase()),
@@ -88,6 +93,7 @@ pub async fn serve(
         pool: Arc::clone(&shared.pool),
         batch: Vec::with_capacity(BATCH),
         batch_bytes: 0,
+        row: 0,
         asked: 0,
         extended,
     };
@@ -158,6 +164,12 @@ impl<R: AsyncRead + Unpin> Connection<R> {
             if self.batch.len() >= BATCH || self.batch_bytes >= BATCH_BYTES {
                 self.send_batch();
             }
+            self.row += 1 + usize::try_from(request.len).unwrap_or(usize::MAX).min(PIECE) / COUNTS_ONE_MORE;
+            if self.row >= ROW {
+                self.send_batch();
+                self.row = 0;
+                tokio::task::yield_now().await;
+            }
             if self.work.outbox.has_failed() {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
@@ -180,14 +192,14 @@ impl<R: AsyncRead + Unpin> Connection<R> {
         match checked {
             Err(refusal) => self.refuse(request, refusal, ticket).await,
             Ok(Operation::Read { one_chunk }) => {
-                self.read(request, one_chunk, ticket);
+                self.read(request, one_chunk, ticket).await;
                 Ok(())
             }
             Ok(Operation::Write) => self.write(request, ticket).await,
             Ok(Operation::Status { one_extent }) => self.status(request, one_extent, ticket).await,
             Ok(operation) => {
                 let (work, request, pool) = (Arc::clone(&self.work), *request, Arc::clone(&self.pool));
-                self.in_pool(ticket, move |ticket| work.plain(&request, operation, &pool, ticket));
+                self.in_pool(ticket, move |ticket| work.plain(&request, operation, &pool, ticket)).await;
                 Ok(())
             }
         }
@@ -211,11 +223,20 @@ impl<R: AsyncRead + Unpin> Connection<R> {
         self.batch.push(segment);
     }
 
-    fn in_pool(&self, ticket: Ticket, job: impl FnOnce(Ticket) + Send + 'static) {
+    /// Has a thread do something, when it is this peer's turn.
+    async fn in_pool(&mut self, ticket: Ticket, job: impl FnOnce(Ticket) + Send + 'static) {
         let guard = EndOnPanic(Arc::clone(&self.work));
+        let turn = match self.work.lane.try_turn() {
+            Some(turn) => turn,
+            None => {
+                self.send_batch();
+                self.work.lane.turn().await
+            }
+        };
         tokio::task::spawn_blocking(move || {
             let _guard = guard;
             job(ticket);
+            drop(turn);
         });
     }
 
@@ -236,21 +257,26 @@ impl<R: AsyncRead + Unpin> Connection<R> {
         self.input.discard(len).await
     }
 
-    fn read(&mut self, request: &Request, one_chunk: bool, ticket: Ticket) {
+    async fn read(&mut self, request: &Request, one_chunk: bool, ticket: Ticket) {
         let len = usize::try_from(request.len).unwrap_or(usize::MAX);
         // What the client does not take yet need not be read yet: it would only be pushed out of the processor's cache.
         if len > PIECE || self.work.outbox.is_full() && len > 0 {
             let (work, request, pool) = (Arc::clone(&self.work), *request, Arc::clone(&self.pool));
             tokio::spawn(async move { work.read_later(request, one_chunk, pool, ticket).await });
-        } else if self.work.is_fast() {
-            let segment = self.work.read(request, self.pool.take(len), ticket);
-            self.reply(segment);
         } else {
-            let (work, request, buffer) = (Arc::clone(&self.work), *request, self.pool.take(len));
+            let buffer = self.pool.take(len);
+            let at_once = self.work.export().reads_at_once();
+            let tried = if at_once { self.work.read_if_cached(request, buffer, ticket) } else { Err((buffer, ticket)) };
+            let (buffer, ticket) = match tried {
+                Ok(segment) => return self.reply(segment),
+                Err(later) => later,
+            };
+            let (work, request) = (Arc::clone(&self.work), *request);
             self.in_pool(ticket, move |ticket| {
                 let segment = work.read(&request, buffer, ticket);
                 work.outbox.push(&mut vec![segment]);
-            });
+            })
+            .await;
         }
     }
 
@@ -264,7 +290,7 @@ impl<R: AsyncRead + Unpin> Connection<R> {
             self.send_batch();
         }
         self.input.read(&mut buffer).await?;
-        if self.work.is_fast() && !request.has(command_flag::FUA) {
+        if self.work.export().writes_at_once() && !request.has(command_flag::FUA) {
             let done = self.work.write(request, request.offset, &buffer);
             let segment = self.work.answer(request, done, ticket);
             self.reply(segment);
@@ -273,7 +299,8 @@ impl<R: AsyncRead + Unpin> Connection<R> {
             self.in_pool(ticket, move |ticket| {
                 let done = work.write(&request, request.offset, &buffer);
                 work.outbox.push(&mut vec![work.answer(&request, done, ticket)]);
-            });
+            })
+            .await;
         }
         Ok(())
     }
@@ -292,6 +319,7 @@ impl<R: AsyncRead + Unpin> Connection<R> {
             left -= len;
             let (work, request) = (Arc::clone(&self.work), *request);
             let last = left == 0;
+            let _turn = self.work.lane.turn().await;
             let written = tokio::task::spawn_blocking(move || {
                 // Durable is what was asked for as a whole.
                 let request = if last { request } else { Request { flags: 0, ..request } };
@@ -326,7 +354,7 @@ impl<R: AsyncRead + Unpin> Connection<R> {
             }
         }
         let (work, request) = (Arc::clone(&self.work), *request);
-        self.in_pool(ticket, move |ticket| work.status(&request, range, &wanted, one_extent, ticket));
+        self.in_pool(ticket, move |ticket| work.status(&request, range, &wanted, one_extent, ticket)).await;
         Ok(())
     }
 }

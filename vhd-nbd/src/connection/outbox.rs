@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::pin::{Pin, pin};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use smallvec::SmallVec;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
@@ -14,6 +14,7 @@ use tokio::net::{tcp, unix};
 use tokio::sync::Notify;
 
 use crate::buffers::Buffer;
+use crate::client::{Client, Phase};
 use crate::codec::Head;
 use crate::limits::Ticket;
 
@@ -128,6 +129,8 @@ fn with_slices<T>(queue: &VecDeque<Segment>, sent: usize, write: impl FnOnce(&[I
 pub struct Outbox {
     state: Mutex<State>,
     direct: Option<Direct>,
+    /// Who is to end when it takes nothing any more.
+    client: Arc<Client>,
     wake: Notify,
     /// Something was sent.
     moved: Notify,
@@ -146,8 +149,8 @@ pub struct Stream<'a>(&'a Outbox);
 
 impl Outbox {
     /// Nothing waits.
-    pub fn new(direct: Option<Direct>) -> Self {
-        Self { state: Mutex::default(), direct, wake: Notify::new(), moved: Notify::new() }
+    pub fn new(direct: Option<Direct>, client: Arc<Client>) -> Self {
+        Self { state: Mutex::default(), direct, client, wake: Notify::new(), moved: Notify::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -215,9 +218,10 @@ impl Outbox {
         self.lock().failed
     }
 
-    /// Drops all that waits; the connection can't go on.
+    /// Drops all that waits; the connection can't go on, and ends though its client may be silent.
     pub fn fail(&self) {
         self.lock().fail();
+        self.client.end(Phase::Ended);
         self.wake.notify_one();
         self.moved.notify_waiters();
     }

@@ -1,7 +1,9 @@
 //! What requests do to the disk, and the replies that come of it.
 
+use std::io::IoSliceMut;
 use std::sync::Arc;
 
+use vhd_core::block::Found;
 use vhd_core::{Error, ErrorKind};
 
 use super::outbox::{Body, Outbox, Segment};
@@ -10,7 +12,11 @@ use crate::codec::{Chunk, Errno, Request, Style, chunk, command_flag};
 use crate::export::{Export, Visit};
 use crate::handshake::Session;
 use crate::limits::Ticket;
+use crate::peer::{Lane, Share};
 use crate::transmission::Operation;
+
+/// Bytes of a long reply that are read in a row while others wait for the thread.
+const ROW: u64 = 1 << 20;
 
 /// Why a request failed: the error, and a message.
 pub type Failure = (Errno, String);
@@ -22,6 +28,8 @@ pub struct Work {
     session: Session,
     /// Where replies go.
     pub outbox: Outbox,
+    /// The way to other threads.
+    pub lane: Lane,
     /// Replies in pieces go one after the other.
     streaming: tokio::sync::Mutex<()>,
 }
@@ -37,8 +45,9 @@ fn failure_of(error: &Error) -> Failure {
 }
 
 impl Work {
-    pub fn new(visit: Visit, session: Session, outbox: Outbox) -> Self {
-        Self { visit, session, outbox, streaming: tokio::sync::Mutex::default() }
+    pub fn new(visit: Visit, session: Session, outbox: Outbox, peer: &Share) -> Self {
+        let lane = peer.lane(visit.export().name(), &visit.export().gate);
+        Self { visit, session, outbox, lane, streaming: tokio::sync::Mutex::default() }
     }
 
     pub fn session(&self) -> &Session {
@@ -49,13 +58,8 @@ impl Work {
         self.session.style
     }
 
-    fn export(&self) -> &Export {
+    pub fn export(&self) -> &Export {
         self.visit.export()
-    }
-
-    /// True when requests need no thread of their own.
-    pub fn is_fast(&self) -> bool {
-        self.export().pace.is_fast()
     }
 
     /// Does something with `len` bytes, and notes how the disk took it.
@@ -83,12 +87,38 @@ impl Work {
 
     /// Reads a range that fits into one buffer.
     pub fn read(&self, request: &Request, mut buffer: Buffer, ticket: Ticket) -> Segment {
-        if buffer.is_empty() && self.style() != Style::Simple {
-            return Segment { head: self.style().end(request), body: Body::Empty, ticket: Some(ticket) };
+        let found = self.find(&mut buffer, request.offset, true);
+        self.answer_read(request, found, buffer, ticket)
+    }
+
+    /// As [`Work::read`], where that needs no waiting.
+    ///
+    /// # Errors
+    /// When it would have to wait.
+    pub fn read_if_cached(&self, request: &Request, mut buffer: Buffer, ticket: Ticket) -> Result<Segment, (Buffer, Ticket)> {
+        match self.find(&mut buffer, request.offset, false) {
+            Ok(Found::NotNow) => Err((buffer, ticket)),
+            found => Ok(self.answer_read(request, found, buffer, ticket)),
         }
-        let done = self.timed(buffer.len(), || self.export().disk().read_at(&mut buffer, request.offset));
-        match done {
-            Ok(()) => {
+    }
+
+    fn find(&self, buffer: &mut Buffer, offset: u64, wait: bool) -> vhd_core::Result<Found> {
+        let len = buffer.len();
+        let mut bufs = [IoSliceMut::new(buffer)];
+        self.timed(len, || self.export().disk().find_vectored_at(&mut bufs, offset, wait))
+    }
+
+    fn answer_read(&self, request: &Request, found: vhd_core::Result<Found>, buffer: Buffer, ticket: Ticket) -> Segment {
+        match found {
+            Ok(_) if buffer.is_empty() && self.style() != Style::Simple => {
+                Segment { head: self.style().end(request), body: Body::Empty, ticket: Some(ticket) }
+            }
+            Ok(Found::Zeros) if self.style() != Style::Simple => {
+                // It fits into a buffer.
+                let head = self.style().hole(request, request.offset, buffer.len() as u32, true);
+                Segment { head, body: Body::Empty, ticket: Some(ticket) }
+            }
+            Ok(_) => {
                 let head = self.style().data(request, request.offset, request.len, true);
                 Segment { head, body: Body::Buffer(buffer), ticket: Some(ticket) }
             }
@@ -116,10 +146,10 @@ impl Work {
                 // The client was promised so many bytes.
                 let mut padding = pool.take(len);
                 padding.fill(0);
-                (padding, Ok(()))
+                (padding, Ok(Found::Data))
             };
-            if let Err(found) = done {
-                failure = Some((at, found));
+            if let Err(error) = done {
+                failure = Some((at, error));
                 if !one_chunk || stream.is_none() {
                     break;
                 }
@@ -131,15 +161,21 @@ impl Work {
                 continue;
             }
             let last = at + len as u64 == end;
+            let is_all = last && (!one_chunk || at == request.offset);
+            let is_hole = done == Ok(Found::Zeros) && (is_all || !one_chunk) && self.style() != Style::Simple;
             let head = match (one_chunk, at == request.offset) {
+                _ if is_hole => self.style().hole(&request, at, len as u32, last),
                 // No error can be found any more once the last piece was read, unless others went before it.
                 (true, true) => self.style().data(&request, at, request.len, last),
                 (true, false) => crate::codec::Head::EMPTY,
                 (false, _) => self.style().data(&request, at, len as u64, last),
             };
-            let is_all = last && (!one_chunk || at == request.offset);
+            let body = if is_hole { Body::Empty } else { Body::Buffer(buffer) };
             at += len as u64;
-            let segment = Segment { head, body: Body::Buffer(buffer), ticket: None };
+            let segment = Segment { head, body, ticket: None };
+            if at % ROW == 0 {
+                tokio::task::yield_now().await;
+            }
             if is_all {
                 return self.outbox.push(&mut vec![Segment { ticket: Some(ticket), ..segment }]);
             }
@@ -153,17 +189,20 @@ impl Work {
         self.end_in_pieces(&request, failure, ticket);
     }
 
-    async fn read_piece(self: &Arc<Self>, at: u64, mut buffer: Buffer) -> (Buffer, Result<(), Failure>) {
+    async fn read_piece(self: &Arc<Self>, at: u64, mut buffer: Buffer) -> (Buffer, Result<Found, Failure>) {
+        if self.export().reads_at_once() {
+            match self.find(&mut buffer, at, false) {
+                Ok(Found::NotNow) => {}
+                found => return (buffer, found.map_err(|error| failure_of(&error))),
+            }
+        }
         let work = Arc::clone(self);
         let read = move || {
-            let done = work.timed(buffer.len(), || work.export().disk().read_at(&mut buffer, at));
-            let done = done.map_err(|error| failure_of(&error));
-            (buffer, done)
+            let found = work.find(&mut buffer, at, true).map_err(|error| failure_of(&error));
+            (buffer, found)
         };
-        if self.is_fast() {
-            return read();
-        }
         let lost = || (Errno::Io, "the server failed".to_owned());
+        let _turn = self.lane.turn().await;
         match tokio::task::spawn_blocking(read).await {
             Ok(done) => done,
             Err(_) => (Arc::<Pool>::default().take(0), Err(lost())),
@@ -205,6 +244,13 @@ impl Work {
     pub fn plain(&self, request: &Request, operation: Operation, pool: &Arc<Pool>, ticket: Ticket) {
         let export = self.export();
         let range = request.offset..request.offset + request.len;
+        if let Operation::Zero { keep } = operation
+            && request.has(command_flag::FAST_ZERO)
+            && !export.zeroes_fast(keep)
+        {
+            let message = "the host would have to write the zeros";
+            return self.outbox.push(&mut vec![self.failure(request, Errno::NotSup, message, Some(ticket))]);
+        }
         let done = match operation {
             Operation::Flush if export.is_read_only() => Ok(()),
             Operation::Flush => export.disk().flush(),

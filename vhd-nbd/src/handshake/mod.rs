@@ -236,3 +236,23 @@ fn reply(out: &mut Vec<u8>, option: u32, kind: u32, parts: &[&[u8]]) {
 fn error(out: &mut Vec<u8>, option: u32, kind: u32, message: &str) {
     reply(out, option, kind, &[message.as_bytes()]);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::Table;
+
+    #[test]
+    fn at_the_end_options_are_told_so_and_abort_is_understood() {
+        let (mut out, mut sent) = (Vec::new(), Vec::new());
+        let mut handshake = Handshake::new(TlsPolicy::Off, &mut out);
+        handshake.shut_down();
+        let option = |option: u32| [&b"IHAVEOPT"[..], &option.to_be_bytes(), &[0; 4]].concat();
+        let mut wire = [3_u32.to_be_bytes().to_vec(), option(option::LIST), option(99), option(option::ABORT)].concat();
+        wire.extend(option(option::LIST));
+        assert_eq!(handshake.feed(&mut wire.as_slice(), &Table::default(), &mut sent), Step::End);
+        let kinds = sent.windows(8).enumerate().filter(|(_, bytes)| **bytes == OPTION_REPLY_MAGIC.to_be_bytes());
+        let kinds: Vec<_> = kinds.map(|(at, _)| u32::from_be_bytes(sent[at + 12..at + 16].try_into().unwrap())).collect();
+        assert_eq!(kinds, [option_reply::ERR_SHUTDOWN, option_reply::ERR_SHUTDOWN, option_reply::ACK]);
+    }
+}

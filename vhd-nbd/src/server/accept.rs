@@ -16,6 +16,7 @@ use vhd_core::{Error, ErrorKind, Result};
 
 use super::Server;
 use super::negotiate::Incoming;
+use crate::peer::Peer;
 
 /// Bytes that a Unix socket takes without a reader: a long reply, so that it need not wait. The system may allow less.
 const SEND_BUFFER: usize = 1 << 20;
@@ -64,7 +65,11 @@ impl Listener {
     pub(super) fn uri(&self, tls: bool) -> String {
         let scheme = if tls { "nbds" } else { "nbd" };
         match self {
-            Self::Unix { path, .. } => format!("{scheme}+unix:///?socket={}", escaped(path)),
+            // Clients may be in another folder.
+            Self::Unix { path, .. } => {
+                let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                format!("{scheme}+unix:///?socket={}", escaped(&path))
+            }
             Self::Tcp(socket) => {
                 let address = socket.local_addr().map_or_else(|_| "?".to_owned(), |address| address.to_string());
                 format!("{scheme}://{address}")
@@ -78,16 +83,18 @@ impl Listener {
         loop {
             let came = match self {
                 Self::Unix { socket, .. } => socket.accept().await.map(|(stream, _)| (unix_peer(&stream), unix(stream))),
-                Self::Tcp(socket) => socket.accept().await.map(|(stream, peer)| (peer.to_string(), tcp(stream))),
+                Self::Tcp(socket) => {
+                    socket.accept().await.map(|(stream, from)| ((Peer::at(from.ip()), from.to_string()), tcp(stream)))
+                }
                 Self::Stdio => {
-                    if let Some(serving) = stdio().and_then(|stream| server.spawn(stream, "stdio".into())) {
+                    if let Some(serving) = stdio().and_then(|stream| server.spawn(stream, Peer::Starter, "stdio".into())) {
                         let _ = serving.await;
                     }
                     return;
                 }
             };
             match came {
-                Ok((peer, stream)) => drop(server.spawn(stream, peer)),
+                Ok(((peer, from), stream)) => drop(server.spawn(stream, peer, from)),
                 Err(error) => {
                     tracing::warn!("a client can't be taken: {error}");
                     tokio::time::sleep(PAUSE).await;
@@ -155,13 +162,13 @@ fn unix(stream: UnixStream) -> Incoming {
     Incoming::Unix(stream)
 }
 
-fn unix_peer(stream: &UnixStream) -> String {
+fn unix_peer(stream: &UnixStream) -> (Peer, String) {
     match stream.peer_cred() {
-        Ok(peer) => match peer.pid() {
-            Some(pid) => format!("unix uid={} pid={pid}", peer.uid()),
-            None => format!("unix uid={}", peer.uid()),
-        },
-        Err(_) => "unix".to_owned(),
+        Ok(peer) => {
+            let pid = peer.pid().map(|pid| format!(" pid={pid}")).unwrap_or_default();
+            (Peer::User(peer.uid()), format!("unix uid={}{pid}", peer.uid()))
+        }
+        Err(_) => (Peer::User(u32::MAX), "unix".to_owned()),
     }
 }
 

@@ -80,7 +80,7 @@ impl Admin {
             .map(|client| {
                 json!({
                     "id": client.id,
-                    "peer": client.peer,
+                    "peer": client.from,
                     "export": client.export(),
                     "tls": client.is_encrypted(),
                     "requests": client.requests(),

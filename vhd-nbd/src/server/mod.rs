@@ -25,8 +25,8 @@ use crate::export::Table;
 use crate::handshake::TlsPolicy;
 use crate::limits::{Budget, Limits};
 
-/// Threads that wait for disks at most.
-const DISK_THREADS: usize = 64;
+/// Threads that wait for disks at most: those of a few that hang, and some more.
+const DISK_THREADS: usize = 512;
 /// How often clients are looked at.
 const SWEEP: Duration = Duration::from_millis(500);
 /// How long a disk may take to finish what was begun, when the server ends.

@@ -11,6 +11,7 @@ use super::{Server, accept::Pipes};
 use crate::client::{Client, Phase};
 use crate::connection::{self, Direct};
 use crate::handshake::{Handshake, Session, Step};
+use crate::peer::Peer;
 
 /// Bytes that are read at once in a handshake.
 const WINDOW: usize = 4096;
@@ -31,17 +32,16 @@ enum Agreed {
 
 impl Server {
     /// Serves a client in a task of its own.
-    pub(super) fn spawn(self: &Arc<Self>, stream: Incoming, peer: String) -> Option<tokio::task::JoinHandle<()>> {
-        let Some(client) = self.clients.add(peer, self.options.limits.connections) else {
-            tracing::warn!("{} clients are connected: one more is refused", self.options.limits.connections);
-            return None;
-        };
+    pub(super) fn spawn(self: &Arc<Self>, stream: Incoming, peer: Peer, from: String) -> Option<tokio::task::JoinHandle<()>> {
+        let client = self.clients.add(peer, from, self.options.limits.connections)?;
         let server = Arc::clone(self);
         Some(tokio::spawn(async move {
             let mut phase = client.phase();
+            // What `wait_for` gives locks the phase, and the client's end looks at that.
+            let given_up = async { drop(phase.wait_for(|phase| *phase == Phase::Ended).await) };
             let ended = tokio::select! {
                 ended = server.client(&client, stream) => ended,
-                _ = phase.wait_for(|phase| *phase == Phase::Ended) => Ok(()),
+                () = given_up => Ok(()),
             };
             match ended {
                 Ok(()) => tracing::debug!("client {}: gone after {} requests", client.id, client.requests()),
