@@ -204,13 +204,18 @@ impl Footer {
 
     /// Reads a footer of which fields can't be, and rights those: version, disk type and data offset. `header` is what a
     /// dynamic header in the usual place says that the disk is, `room` the bytes before the trailing footer. Returns what was
-    /// wrong, in words; `None` for what has no cookie.
+    /// wrong, in words; `None` for what has neither cookie nor checksum.
     pub(crate) fn salvage(bytes: &[u8; FOOTER_LEN], header: Option<DiskType>, room: u64) -> Option<(Self, Vec<String>)> {
         let mut bytes = FooterBytes::read_from_bytes(bytes).unwrap_or_else(|_| unreachable!("both are 512 bytes"));
-        if bytes.cookie != FOOTER_COOKIE {
-            return None;
-        }
         let mut wrong = Vec::new();
+        if bytes.cookie != FOOTER_COOKIE {
+            let found = std::mem::replace(&mut bytes.cookie, FOOTER_COOKIE);
+            // Where the rest has the checksum of a footer it is one.
+            if (Self { bytes, disk_type: DiskType::Fixed }).computed_checksum() != bytes.checksum.get() {
+                return None;
+            }
+            wrong.push(FooterError::Cookie(found).to_string());
+        }
         if bytes.version.get() != VERSION_1 {
             wrong.push(FooterError::Version(bytes.version.get()).to_string());
             bytes.version = U32::new(VERSION_1);
@@ -438,6 +443,37 @@ mod tests {
         }
         assert!(matches!(with(23, 1), FooterError::DataOffset(_)));
         assert!(matches!(with(70, 8), FooterError::Checksum { .. }));
+    }
+
+    #[test]
+    fn fields_that_can_not_be_are_put_right() {
+        let good = sample();
+        let salvaged = |change: &dyn Fn(&mut [u8; FOOTER_LEN]), header| {
+            let mut bytes = good.to_bytes();
+            change(&mut bytes);
+            Footer::salvage(&bytes, header, 40 << 20)
+        };
+        let dynamic = Some(DiskType::Dynamic);
+        for change in [
+            &(|bytes: &mut [u8; FOOTER_LEN]| bytes[13] = 9) as &dyn Fn(&mut [u8; FOOTER_LEN]),
+            &|bytes| bytes[63] = 6,
+            &|bytes| bytes[23] = 1,
+            &|bytes| bytes[0] = b'x',
+        ] {
+            let (footer, wrong) = salvaged(change, dynamic).unwrap();
+            assert!(footer == good && wrong.len() == 1, "{wrong:?}");
+        }
+        assert_eq!(salvaged(&|bytes| bytes[..20].fill(0), dynamic), None, "neither cookie nor checksum");
+        let fixed = |bytes: &mut [u8; FOOTER_LEN]| bytes[16..24].fill(0xFF);
+        let type_of = |change: &dyn Fn(&mut [u8; FOOTER_LEN]), header| salvaged(change, header).unwrap().0.disk_type();
+        let fixed_of_type_6 = |bytes: &mut [u8; FOOTER_LEN]| {
+            fixed(bytes);
+            bytes[63] = 6;
+        };
+        assert_eq!(type_of(&fixed_of_type_6, None), DiskType::Fixed);
+        assert_eq!(type_of(&fixed_of_type_6, dynamic), DiskType::Fixed, "a guest's bytes may look like a header");
+        assert_eq!(type_of(&|bytes| bytes[63] = 2, dynamic), DiskType::Dynamic, "its footer leads to a header");
+        assert_eq!(type_of(&|bytes| bytes[63] = 6, None), DiskType::Dynamic);
     }
 
     #[test]

@@ -124,8 +124,8 @@ impl Repairer<'_> {
         let size = footer.current_size();
         let mut at = footers.trailing_at;
         if size > at {
-            // On a device there is no more room.
-            if !self.may_lose() || !self.can_grow() || !is_size(size) {
+            // On a device there is no more room; and a footer alone is no disk that was cut.
+            if !self.may_lose() || !self.can_grow() || !is_size(size) || at == 0 {
                 return Ok(());
             }
             self.write(&vec![0; (footers.file_len - at) as usize], at)?;
