@@ -267,7 +267,9 @@ proptest! {
 fn is_hopeless(bytes: &[u8], repair: &Repair) -> bool {
     let is_footer = |from: usize| bytes.get(from..).is_some_and(|rest| rest.starts_with(b"conectix"));
     let has_footer = [0, bytes.len().saturating_sub(512), bytes.len().saturating_sub(511)].into_iter().any(is_footer);
-    !has_footer || bytes.len() < 1024 || repair.after.iter().any(|finding| finding.code == Code::SizeZero)
+    (!has_footer && repair.changes.is_empty())
+        || bytes.len() < 1024
+        || repair.after.iter().any(|finding| finding.code == Code::SizeZero)
 }
 
 fn case_named(name: &str) -> Case {

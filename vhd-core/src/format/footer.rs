@@ -454,12 +454,9 @@ mod tests {
             Footer::salvage(&bytes, header, 40 << 20)
         };
         let dynamic = Some(DiskType::Dynamic);
-        for change in [
-            &(|bytes: &mut [u8; FOOTER_LEN]| bytes[13] = 9) as &dyn Fn(&mut [u8; FOOTER_LEN]),
-            &|bytes| bytes[63] = 6,
-            &|bytes| bytes[23] = 1,
-            &|bytes| bytes[0] = b'x',
-        ] {
+        let changes: [&dyn Fn(&mut [u8; FOOTER_LEN]); 4] =
+            [&|bytes| bytes[13] = 9, &|bytes| bytes[63] = 6, &|bytes| bytes[23] = 1, &|bytes| bytes[0] = b'x'];
+        for change in changes {
             let (footer, wrong) = salvaged(change, dynamic).unwrap();
             assert!(footer == good && wrong.len() == 1, "{wrong:?}");
         }
