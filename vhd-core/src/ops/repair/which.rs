@@ -96,7 +96,7 @@ impl Repairer<'_> {
         let fits = |size: u64| is_size(size) && size % SECTOR == 0 && room.is_none_or(|room| size <= room);
         // A file that was cut has the geometry of its disk still; a size that was damaged has not.
         let is_witnessed = size == original || footer.geometry() == Geometry::for_sectors(size / SECTOR);
-        let is_nonsense = !is_size(size) || (is_fixed && !fits(size) && size % SECTOR == 0 && !is_witnessed);
+        let is_nonsense = !is_size(size) || (is_fixed && room.is_some_and(|room| size > room) && !is_witnessed);
         let right = match room {
             _ if !is_nonsense => size - size % SECTOR,
             Some(room) if is_fixed => room,
