@@ -163,7 +163,8 @@ fn sound(kind: u8) -> (Vec<u8>, Placed, Vec<Range<u64>>) {
         _ => damages::child(damages::parent()),
     };
     let (bytes, placed) = spec.to_bytes();
-    let mut structures = vec![placed.footer..placed.footer + 90];
+    let footer = placed.footer..placed.footer + 90;
+    let mut structures = vec![footer];
     if kind > 0 {
         structures.extend([0..90, placed.header..placed.header + 64, placed.header + 576..placed.header + 650]);
         structures.push(placed.bat..placed.bat + u64::from(placed.bat_entries) * 4);
