@@ -448,29 +448,24 @@ mod tests {
     #[test]
     fn fields_that_can_not_be_are_put_right() {
         let good = sample();
-        let salvaged = |change: &dyn Fn(&mut [u8; FOOTER_LEN]), header| {
+        let salvaged = |changes: &[(usize, u8)], header| {
             let mut bytes = good.to_bytes();
-            change(&mut bytes);
+            changes.iter().for_each(|&(at, value)| bytes[at] = value);
             Footer::salvage(&bytes, header, 40 << 20)
         };
         let dynamic = Some(DiskType::Dynamic);
-        let changes: [&dyn Fn(&mut [u8; FOOTER_LEN]); 4] =
-            [&|bytes| bytes[13] = 9, &|bytes| bytes[63] = 6, &|bytes| bytes[23] = 1, &|bytes| bytes[0] = b'x'];
-        for change in changes {
-            let (footer, wrong) = salvaged(change, dynamic).unwrap();
+        for change in [(13, 9), (63, 6), (23, 1), (0, b'x')] {
+            let (footer, wrong) = salvaged(&[change], dynamic).unwrap();
             assert!(footer == good && wrong.len() == 1, "{wrong:?}");
         }
-        assert_eq!(salvaged(&|bytes| bytes[..20].fill(0), dynamic), None, "neither cookie nor checksum");
-        let fixed = |bytes: &mut [u8; FOOTER_LEN]| bytes[16..24].fill(0xFF);
-        let type_of = |change: &dyn Fn(&mut [u8; FOOTER_LEN]), header| salvaged(change, header).unwrap().0.disk_type();
-        let fixed_of_type_6 = |bytes: &mut [u8; FOOTER_LEN]| {
-            fixed(bytes);
-            bytes[63] = 6;
-        };
+        assert_eq!(salvaged(&[(0, b'x'), (70, 8)], dynamic), None, "neither cookie nor checksum");
+        let type_of = |changes: &[(usize, u8)], header| salvaged(changes, header).unwrap().0.disk_type();
+        let mut fixed_of_type_6: Vec<_> = (16..24).map(|at| (at, 0xFF)).collect();
+        fixed_of_type_6.push((63, 6));
         assert_eq!(type_of(&fixed_of_type_6, None), DiskType::Fixed);
         assert_eq!(type_of(&fixed_of_type_6, dynamic), DiskType::Fixed, "a guest's bytes may look like a header");
-        assert_eq!(type_of(&|bytes| bytes[63] = 2, dynamic), DiskType::Dynamic, "its footer leads to a header");
-        assert_eq!(type_of(&|bytes| bytes[63] = 6, None), DiskType::Dynamic);
+        assert_eq!(type_of(&[(63, 2)], dynamic), DiskType::Dynamic, "its footer leads to a header");
+        assert_eq!(type_of(&[(63, 6)], None), DiskType::Dynamic);
     }
 
     #[test]
