@@ -160,7 +160,7 @@ fn ntfs_whose_driver_was_killed_keeps_all_that_was_synced() {
     done(dir, "convert disk.img disk.vhd --block-size 512K");
     let said = json(dir, "compact disk.vhd --free-space", 0);
     assert!(said[0]["free_space"][0]["free"].as_u64() > Some(5 * MIB), "{said}");
-    done(dir, "convert disk.vhd disk.img");
+    done(dir, "convert disk.vhd disk.img --overwrite");
     let mounted = Mounted::new(&NTFS, &raw, at);
     for number in (1..10).step_by(2) {
         assert!(fs::read(mounted.0.join(number.to_string())).unwrap() == piece(number), "file {number}");

@@ -36,7 +36,7 @@ fn until_done(dir: &Path, line: &str, stops: &mut Stops, look: &dyn Fn() -> bool
     let mut most = 25;
     for kills in 0.. {
         let mut command = vhd_in(dir);
-        let mut process = command.args(line.split(' ')).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let process = command.args(line.split(' ')).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         sleep(Duration::from_millis(stops.random.below(most)));
         // One that has ended is not waited for yet, so its number is nobody else's.
         kill(Pid::from_raw(process.id().cast_signed()), stops.signal).unwrap();

@@ -1,8 +1,8 @@
-//! What is done with whole images: compact, resize, repair.
+//! What is done with whole images: compact, resize, repair; dry runs.
 
 use std::fs;
 
-use crate::support::{done, expect, json, refused, vhd_fed};
+use crate::support::{done, expect, json, noise, refused, vhd_fed};
 
 #[test]
 fn compact_gives_back_what_is_zero_and_changes_nothing_that_is_read() {
@@ -74,4 +74,33 @@ fn repair_says_what_it_does_and_is_taken_back() {
     let all = json(dir, "check disk.vhd --repair=all", 0);
     assert!(all["lost"][0].as_str().unwrap().contains("block 0"), "{all}");
     assert!(refused(dir, "check missing.vhd --repair").contains("missing.vhd"));
+}
+
+#[test]
+fn dry_runs_of_reparent_and_undo_tell_what_would_be_and_do_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create base.vhd --size 4M");
+    done(dir, "create disk.vhd --parent base.vhd");
+    fs::create_dir(dir.join("sub")).unwrap();
+    fs::rename(dir.join("base.vhd"), dir.join("sub/base.vhd")).unwrap();
+    let before = fs::read(dir.join("disk.vhd")).unwrap();
+    assert!(refused(dir, "reparent disk.vhd").contains("--parent-dir"));
+    let told = done(dir, "reparent disk.vhd --parent-dir sub --dry-run");
+    assert!(told.contains("would become a child of") && told.contains("W2ru .\\sub\\base.vhd"), "{told}");
+    let told = json(dir, "reparent disk.vhd --parent-dir sub --dry-run", 0);
+    assert_eq!((&told["done"], &told["parent_uuid"]), (&false.into(), &told["parent_uuid_before"]));
+    assert!(fs::read(dir.join("disk.vhd")).unwrap() == before);
+    assert_eq!(json(dir, "reparent disk.vhd --parent-dir sub", 0)["done"], true);
+    assert!(done(dir, "undo start disk.vhd --dry-run").contains("would make disk.vud"));
+    assert!(!dir.join("disk.vud").exists());
+    done(dir, "undo start disk.vhd");
+    expect(vhd_fed(dir, "write disk.vud --offset 1M", &noise(1, 5000)), 0, "write");
+    let before = fs::read(dir.join("disk.vud")).unwrap();
+    assert!(done(dir, "undo commit disk.vhd --dry-run").contains("would merge disk.vud into disk.vhd\n  5120 bytes of data"));
+    let told = json(dir, "undo commit disk.vhd --dry-run", 0);
+    assert_eq!((&told[0]["data"], &told[0]["done"]), (&5120.into(), &false.into()));
+    assert!(done(dir, "undo discard disk.vhd --dry-run").contains("would remove disk.vud\n  5120 changed bytes"));
+    assert_eq!(json(dir, "undo discard disk.vhd --dry-run", 0)[0]["changed"], 5120);
+    assert!(fs::read(dir.join("disk.vud")).unwrap() == before);
 }

@@ -448,6 +448,17 @@ fn what_a_smaller_image_between_hides_has_changed() {
     subject.finish();
 }
 
+/// Found by `direct_io_reads_as_the_model_says`.
+#[test]
+fn a_child_that_is_smaller_than_its_parent_follows_it() {
+    let mut subject = Subject::new(NewKind::Dynamic, 12 * 512, 4096, 1);
+    subject.apply(&Op::Write { at: 0, len: 12 * 512, fill: 7 }, 0);
+    subject.snapshot(0);
+    subject.resize(-1);
+    subject.reparent(3);
+    subject.finish();
+}
+
 #[test]
 fn ranges_outside_the_disk_are_refused() {
     let subject = Subject::new(NewKind::Dynamic, 10 * 512, 4096, 1);

@@ -132,7 +132,7 @@ fn what_a_session_would_do_is_told_and_not_done() {
     let chain = options(false);
     assert_eq!(undo::plan_start(&images, None, &chain).unwrap_err().kind(), ErrorKind::Exists);
     let plans = undo::plan_commit(&images, None, false, &chain).unwrap();
-    assert_eq!(plans.iter().map(|plan| plan.data).collect::<Vec<_>>(), [12_288, 12_288]);
+    assert_eq!(plans.iter().map(|plan| plan.data).collect::<Vec<_>>(), [10_240, 10_240]);
     let undos: Vec<_> = images.iter().map(|image| image.with_extension("vud")).collect();
     assert_eq!(undo::plan_discard(&images, None, false, &chain).unwrap(), undos);
     assert!(files_of(session.folder.path()) == before);

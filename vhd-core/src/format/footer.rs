@@ -204,13 +204,18 @@ impl Footer {
 
     /// Reads a footer of which fields can't be, and rights those: version, disk type and data offset. `header` is what a
     /// dynamic header in the usual place says that the disk is, `room` the bytes before the trailing footer. Returns what was
-    /// wrong, in words; `None` for what has no cookie.
+    /// wrong, in words; `None` for what has neither cookie nor checksum.
     pub(crate) fn salvage(bytes: &[u8; FOOTER_LEN], header: Option<DiskType>, room: u64) -> Option<(Self, Vec<String>)> {
         let mut bytes = FooterBytes::read_from_bytes(bytes).unwrap_or_else(|_| unreachable!("both are 512 bytes"));
-        if bytes.cookie != FOOTER_COOKIE {
-            return None;
-        }
         let mut wrong = Vec::new();
+        if bytes.cookie != FOOTER_COOKIE {
+            let found = std::mem::replace(&mut bytes.cookie, FOOTER_COOKIE);
+            // Where the rest has the checksum of a footer it is one.
+            if (Self { bytes, disk_type: DiskType::Fixed }).computed_checksum() != bytes.checksum.get() {
+                return None;
+            }
+            wrong.push(FooterError::Cookie(found).to_string());
+        }
         if bytes.version.get() != VERSION_1 {
             wrong.push(FooterError::Version(bytes.version.get()).to_string());
             bytes.version = U32::new(VERSION_1);
@@ -443,6 +448,29 @@ mod tests {
         }
         assert!(matches!(with(23, 1), FooterError::DataOffset(_)));
         assert!(matches!(with(70, 8), FooterError::Checksum { .. }));
+    }
+
+    #[test]
+    fn fields_that_can_not_be_are_put_right() {
+        let good = sample();
+        let salvaged = |changes: &[(usize, u8)], header| {
+            let mut bytes = good.to_bytes();
+            changes.iter().for_each(|&(at, value)| bytes[at] = value);
+            Footer::salvage(&bytes, header, 40 << 20)
+        };
+        let dynamic = Some(DiskType::Dynamic);
+        for change in [(13, 9), (63, 6), (23, 1), (0, b'x')] {
+            let (footer, wrong) = salvaged(&[change], dynamic).unwrap();
+            assert!(footer == good && wrong.len() == 1, "{wrong:?}");
+        }
+        assert_eq!(salvaged(&[(0, b'x'), (70, 8)], dynamic), None, "neither cookie nor checksum");
+        let type_of = |changes: &[(usize, u8)], header| salvaged(changes, header).unwrap().0.disk_type();
+        let mut fixed_of_type_6: Vec<_> = (16..24).map(|at| (at, 0xFF)).collect();
+        fixed_of_type_6.push((63, 6));
+        assert_eq!(type_of(&fixed_of_type_6, None), DiskType::Fixed);
+        assert_eq!(type_of(&fixed_of_type_6, dynamic), DiskType::Fixed, "a guest's bytes may look like a header");
+        assert_eq!(type_of(&[(63, 2)], dynamic), DiskType::Dynamic, "its footer leads to a header");
+        assert_eq!(type_of(&[(63, 6)], None), DiskType::Dynamic);
     }
 
     #[test]

@@ -278,7 +278,11 @@ fn raw_to_fixed(path: &Path, begun: Option<InPlace>, options: &InPlaceOptions, c
             intent::refuse(path, None, &[])?;
             let len = storage.len().map_err(failed)?;
             let size = len.next_multiple_of(SECTOR);
-            if size == 0 || size > crate::format::MAX_CREATE_SIZE || !storage.can_grow() {
+            if !storage.can_grow() {
+                let message = "is a device, which has no room for more; vhd convert makes an image of it elsewhere";
+                return Err(Error::new(ErrorKind::Unsupported, message).at(path));
+            }
+            if size == 0 || size > crate::format::MAX_CREATE_SIZE {
                 let message = format!("has {len} bytes, expected a file of 1 byte to 2040 GiB");
                 return Err(Error::new(ErrorKind::InvalidInput, message).at(path));
             }

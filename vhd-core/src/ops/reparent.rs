@@ -79,10 +79,12 @@ pub fn reparent(child: &Path, parent: &Path, force: bool, dry_run: bool, chain: 
     if new.image().is_some() && uuid == [0; 16] {
         return invalid("has no UUID, so a child can't name it; making a child of it gives it one: vhd create --parent".into());
     }
-    if new.size() > image.size() && !force {
+    let is_same = uuid == header.parent_uuid();
+    // A child that was made smaller than its parent follows that all the same.
+    if new.size() > image.size() && !is_same && !force {
         return invalid(format!("has {} bytes, more than the child's {}; --force cuts it off", new.size(), image.size()));
     }
-    if uuid != header.parent_uuid() && !force {
+    if !is_same && !force {
         let [found, expected] = [uuid, header.parent_uuid()].map(uuid::Uuid::from_bytes);
         let message =
             format!("has UUID {found}, the child's parent {expected}: its content may differ; --force takes it all the same");

@@ -96,7 +96,7 @@ impl Repairer<'_> {
         let fits = |size: u64| is_size(size) && size % SECTOR == 0 && room.is_none_or(|room| size <= room);
         // A file that was cut has the geometry of its disk still; a size that was damaged has not.
         let is_witnessed = size == original || footer.geometry() == Geometry::for_sectors(size / SECTOR);
-        let is_nonsense = !is_size(size) || (is_fixed && !fits(size) && size % SECTOR == 0 && !is_witnessed);
+        let is_nonsense = !is_size(size) || (is_fixed && room.is_some_and(|room| size > room) && !is_witnessed);
         let right = match room {
             _ if !is_nonsense => size - size % SECTOR,
             Some(room) if is_fixed => room,
@@ -124,8 +124,8 @@ impl Repairer<'_> {
         let size = footer.current_size();
         let mut at = footers.trailing_at;
         if size > at {
-            // On a device there is no more room.
-            if !self.may_lose() || !self.can_grow() || !is_size(size) {
+            // On a device there is no more room; and a footer alone is no disk that was cut.
+            if !self.may_lose() || !self.can_grow() || !is_size(size) || at == 0 {
                 return Ok(());
             }
             self.write(&vec![0; (footers.file_len - at) as usize], at)?;
