@@ -13,6 +13,9 @@ use vhd_core::storage::{FileStorage, Host, LocalHost, Storage};
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
 
+/// Bytes of files, by device and inode.
+type Durable = HashMap<(u64, u64), Vec<u8>>;
+
 /// A host of which the n-th change fails, once or for ever: writes (half arrives), lengths, holes, syncs, and what is done
 /// to names. Or the n-th sync of a file alone, which loses what was written to that file since the last one.
 #[derive(Clone, Debug)]
@@ -24,7 +27,7 @@ pub struct FaultHost {
     /// Syncs of files alone are counted, and lose what they should have kept.
     loses: bool,
     /// What is durable of each file that was ever opened, by what the host calls it.
-    durable: Arc<Mutex<HashMap<(u64, u64), Vec<u8>>>>,
+    durable: Arc<Mutex<Durable>>,
     /// File offset of the write that failed last.
     failed_at: Arc<Mutex<Option<u64>>>,
 }

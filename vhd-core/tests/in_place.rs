@@ -22,7 +22,7 @@ use vhd_testkit::crash::Effort;
 use vhd_testkit::tagged::Tag;
 use vhd_testkit::tools::QemuImg;
 
-use self::support::sabotage::{Barriers, Operation};
+use self::support::sabotage::{Barriers, Operation, Run};
 use self::support::{assert_error, files_of, new_child, new_image, open, options, read_all};
 
 const SIZE: u64 = 16 * 4096;
@@ -198,7 +198,7 @@ fn judge(folder: &Path, from: &str, how: &InPlaceOptions, content: &[u8], done: 
 }
 
 /// Calls `visit` with each way, and what finishes it.
-fn operations(visit: &mut dyn FnMut(&Operation<'_>, &dyn Fn(&Path, &ChainOptions))) {
+fn operations(visit: &mut dyn FnMut(&Operation<'_>, &Run<'_>)) {
     for (from, to) in ways() {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let content = content_of(&new(folder.path(), from), from);

@@ -24,7 +24,7 @@ use vhd_testkit::folder::RecordingHost;
 use vhd_testkit::record::{Event, Journal};
 use vhd_testkit::tagged::Tag;
 
-use self::support::sabotage::{Barriers, Operation};
+use self::support::sabotage::{Barriers, Operation, Run};
 use self::support::{child_options, files_of, new_child, new_image, open, options, read_all};
 
 const SECTORS: u64 = 100;
@@ -364,7 +364,7 @@ impl Case {
 }
 
 /// Calls `visit` with each case, and what finishes it.
-fn operations(visit: &mut dyn FnMut(&Operation<'_>, &dyn Fn(&Path, &ChainOptions))) {
+fn operations(visit: &mut dyn FnMut(&Operation<'_>, &Run<'_>)) {
     let fixed = NewKind::Fixed { preallocate: false };
     for (name, it, target, delete) in [
         ("into the parent", Folder::new(NewKind::Dynamic), "mid.vhd", false),

@@ -29,7 +29,7 @@ use proptest::prelude::*;
 use vhd_testkit::fixture::{Layout, Placed, refresh_checksums};
 
 use self::damages::{Case, cases};
-use self::support::sabotage::{Barriers, Operation};
+use self::support::sabotage::{Barriers, Operation, Run};
 use self::support::{assert_error, files_of, options};
 
 const PATH: &str = "test.vhd";
@@ -441,7 +441,7 @@ fn judge_cut_of_undo(folder: &Path, case: &Case, repaired: &[u8], done: bool) ->
 }
 
 /// Calls `visit` with each case, repaired and taken back, and what finishes it.
-fn operations(visit: &mut dyn FnMut(&Operation<'_>, &dyn Fn(&Path, &ChainOptions))) {
+fn operations(visit: &mut dyn FnMut(&Operation<'_>, &Run<'_>)) {
     for name in ["cut", "BAT of zeros", "no header"] {
         let case = case_named(name);
         let (repaired_folder, path) = file_of(&case);

@@ -23,7 +23,7 @@ use vhd_testkit::fixture::{BlockFill, FixtureSpec, Kind, Layout, Locator, Parent
 use vhd_testkit::tagged::Tag;
 use vhd_testkit::tools::QemuImg;
 
-use self::support::sabotage::{Barriers, Operation};
+use self::support::sabotage::{Barriers, Operation, Run};
 use self::support::{assert_error, files_of, new_child, new_image, open, options, read_all};
 
 const BLOCK: u64 = 4096;
@@ -253,7 +253,7 @@ fn judge(folder: &Path, content: &[u8], expected: &[u8], done: bool) -> Result<(
 }
 
 /// Calls `visit` with each case, and what finishes it.
-fn operations(visit: &mut dyn FnMut(&Operation<'_>, &dyn Fn(&Path, &ChainOptions))) {
+fn operations(visit: &mut dyn FnMut(&Operation<'_>, &Run<'_>)) {
     type Make = fn(&Path);
     let dynamic: Make = |folder| {
         new_image(&folder.join("disk.vhd"), NewKind::Dynamic, 20 * BLOCK + 1024, BLOCK as u32);

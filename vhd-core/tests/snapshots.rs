@@ -142,9 +142,9 @@ fn judge(client: &Client, names: &[&str], cut: usize, folder: &Path) -> Result<(
         return Err(format!("{} was made and is gone", names[told]));
     }
     // One that was not told of shows the same as the one below.
-    for leaf in told..=last {
+    for (leaf, name) in names.iter().enumerate().take(last + 1).skip(told) {
         for (lba, sector) in (0..).zip(read(leaf)?.as_chunks::<512>().0) {
-            client.history.judge(lba, sector, cut).map_err(|error| format!("{}: {error}", names[leaf]))?;
+            client.history.judge(lba, sector, cut).map_err(|error| format!("{name}: {error}"))?;
         }
     }
     let before = read(last)?;

@@ -18,7 +18,7 @@ use vhd_core::ops::undo;
 use vhd_core::{Disk, ErrorKind, Progress};
 use vhd_testkit::crash::Effort;
 
-use self::support::sabotage::{Barriers, Operation};
+use self::support::sabotage::{Barriers, Operation, Run};
 use self::support::{files_of, new_child, new_image, open, options};
 
 const NAMES: [&str; 2] = ["one/system.vhd", "two/data.vhd"];
@@ -229,7 +229,7 @@ fn judge_start(images: &[PathBuf], done: bool) -> Result<(), String> {
 }
 
 /// Calls `visit` with each operation, and what finishes it.
-fn operations(visit: &mut dyn FnMut(&Operation<'_>, &dyn Fn(&Path, &ChainOptions))) {
+fn operations(visit: &mut dyn FnMut(&Operation<'_>, &Run<'_>)) {
     let commit = |folder: &Path, chain: &ChainOptions| commit(&images(folder), chain).unwrap();
     // Where all is done there is no session, and it says so.
     let finish = |folder: &Path, chain: &ChainOptions| drop(self::commit(&images(folder), chain));

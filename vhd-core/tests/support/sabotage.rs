@@ -31,8 +31,8 @@ const SHOWN_ELSEWHERE: [(&str, &str); 6] = [
     ("write_table < clear_until < set_size < move_data < ", "tests/resize.rs"),
 ];
 
-/// Does the operation in a folder.
-type Run<'a> = dyn Fn(&Path, &ChainOptions) + 'a;
+/// Does the operation in a folder, or what finishes it.
+pub type Run<'a> = dyn Fn(&Path, &ChainOptions) + 'a;
 /// Judges a folder after a power cut, and finishes the operation there; true once it was answered.
 type Judge<'a> = dyn Fn(&Path, bool) -> Result<(), String> + 'a;
 
