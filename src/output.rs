@@ -61,9 +61,10 @@ impl Context {
     /// Sets up logging and signals.
     pub fn new(global: &GlobalArgs) -> Self {
         let level = match (global.quiet, global.verbose) {
-            (true, _) => "error",
-            // fuser warns of whatever a program tries that a disk's files have not, such as poll(2), which io_uring tries.
-            (_, 0) => "warn,fuser=error",
+            (true, _) => "error,fuser::reply=off",
+            // fuser warns of whatever a program tries that a disk's files have not, such as poll(2), which io_uring tries, and of
+            // answers that nobody waits for any more: those of an interrupted request, or of a mount that is gone.
+            (_, 0) => "warn,fuser=error,fuser::reply=off",
             (_, 1) => "info",
             _ => "debug",
         };

@@ -114,7 +114,7 @@ fn the_sandbox_is_in_nobodys_way() {
     said(vhd(folder).args(["vm", "off", "free"]));
     machine.end();
     let told = fs::read_to_string(&told).unwrap();
-    assert_eq!(told, "free started\nfree paused\nfree resumed\nfree reset\nfree off\n");
+    assert_eq!(told, "free started\nfree snapshot\nfree paused\nfree resumed\nfree reset\nfree off\n");
     assert!(fs::read(folder.join("base.vhd")).unwrap() == base, "the parent was written to");
 }
 

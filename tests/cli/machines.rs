@@ -511,7 +511,7 @@ fn what_can_not_be_run_is_said_in_one_line() {
     for (arguments, expected) in [
         (vec!["--kernel", "kernel"], "kernel: is neither an ELF file nor a bzImage"),
         (vec!["--kernel", "missing"], "missing: No such file"),
-        (vec!["--disk", "disk.vhd"], "disk: has no kernel"),
+        (vec!["--disk", "disk.vhd"], "disk.vhd: has no kernel that its boot menu starts"),
         (vec!["missing.vmc"], "missing.vmc: there is no such configuration"),
         (vec!["--kernel", "kernel", "--serial", "tty"], "expected stdio, none or unix:PATH"),
         (vec!["--kernel", "kernel", "--disk", "disk.vhd,on-error=stop"], "on-error=stop: report or pause"),
