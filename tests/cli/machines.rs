@@ -490,16 +490,16 @@ fn only_the_leaf_of_a_machine_is_open_for_writing() {
 }
 
 #[test]
-fn more_disks_than_interrupt_lines_are_refused_with_the_limit() {
+fn more_disks_than_a_machine_has_places_for_are_refused_with_the_limit() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     let mut command = vhd(folder);
     command.args(["run", "--kernel", "kernel"]);
-    for number in 0..17 {
+    for number in 0..65 {
         command.args(["--disk", &format!("{number}.vhd")]);
     }
     let error = refused(&mut command);
-    assert_eq!(error, "vhd: 16.vhd: is one disk too many: a machine has 16 at most, one for each interrupt line\n");
+    assert_eq!(error, "vhd: 64.vhd: is one disk too many: a machine has 64 at most\n");
 }
 
 #[test]

@@ -11,7 +11,9 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 
-use crate::layout::{ACPI, IO_APIC, LOCAL_APIC, POWER, POWER_BUTTON_LINE, SERIAL, SERIAL_LINE, disk_line, disk_registers};
+use crate::layout::{
+    ACPI, IO_APIC, LOCAL_APIC, POWER, POWER_BUTTON_LINE, SERIAL, SERIAL_LINE, disk_line, disk_registers, share_lines,
+};
 use crate::memory::{Memory, Outside};
 use crate::virtio::mmio;
 
@@ -95,7 +97,7 @@ fn dsdt(disks: usize) -> Sdt {
     let mut devices = [serial, power_button()].concat();
     for disk in 0..disks {
         let registers = Memory32Fixed::new(true, disk_registers(disk) as u32, mmio::SIZE as u32);
-        let line = Interrupt::new(true, true, false, false, disk_line(disk));
+        let line = Interrupt::new(true, true, false, share_lines(disks), disk_line(disk));
         // LNRO0005 is what Linux's virtio_mmio looks for.
         let id = Name::new("_HID".into(), &"LNRO0005");
         let number = Name::new("_UID".into(), &(disk as u8));

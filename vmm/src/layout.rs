@@ -25,10 +25,11 @@ pub const HIGH_START: u64 = 0x10_0000;
 
 /// Registers of disks: one page for each.
 pub const DISKS: u64 = 0xD000_0000;
-/// Disks at most: one interrupt line for each.
-pub const MAX_DISKS: usize = 16;
-/// The interrupt line of the first disk; the rest follow, but for those that are taken.
-const DISK_LINES: [u32; MAX_DISKS] = [5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21];
+/// Disks at most: four for each interrupt line.
+pub const MAX_DISKS: usize = 64;
+/// The interrupt lines of disks, which are all that nothing else has. They are edges, and a driver that is interrupted asks each
+/// device of the line, so disks may share one: an edge that comes while another is handled is not lost.
+const DISK_LINES: [u32; 16] = [5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21];
 /// The interrupt controllers, inside the gap that memory leaves.
 pub const IO_APIC: u32 = 0xFEC0_0000;
 /// The local interrupt controller of each vCPU.
@@ -54,7 +55,13 @@ pub const POWER: [u16; 3] = [0x600, 0x601, 0x602];
 /// The interrupt line of a disk.
 #[must_use]
 pub fn disk_line(disk: usize) -> u32 {
-    DISK_LINES[disk % MAX_DISKS]
+    DISK_LINES[disk % DISK_LINES.len()]
+}
+
+/// Whether so many disks share interrupt lines.
+#[must_use]
+pub const fn share_lines(disks: usize) -> bool {
+    disks > DISK_LINES.len()
 }
 
 /// The registers of a disk.

@@ -122,7 +122,7 @@ fn all_that_can_be_said_is_read_as_it_was_written() {
         on_event: Some("/bin/true".into()),
         disks: Vec::new(),
     };
-    for number in 0..16 {
+    for number in 0..64 {
         let image = if number % 2 == 0 { folder.path().join(format!("{number}.vhd")) } else { format!("/{number}.vhd").into() };
         let policy = if number % 3 == 0 { Policy::Pause } else { Policy::Report };
         config
@@ -137,8 +137,8 @@ fn all_that_can_be_said_is_read_as_it_was_written() {
             })
             .unwrap();
     }
-    let error = config.add(DiskConfig { image: "17.vhd".into(), ..DiskConfig::default() }).unwrap_err().to_string();
-    assert!(error.contains("17.vhd: ") && error.contains("16 at most"), "{error}");
+    let error = config.add(DiskConfig { image: "65.vhd".into(), ..DiskConfig::default() }).unwrap_err().to_string();
+    assert!(error.contains("65.vhd: ") && error.contains("64 at most"), "{error}");
     let mut file = ConfigFile::new(&path).unwrap();
     file.write(&config).unwrap();
     file.save(true).unwrap();

@@ -213,6 +213,32 @@ fn a_bzimage_of_linux_starts_however_it_is_packed() {
     }
 }
 
+/// The last has a partition, which is seen only when a request to it was answered.
+#[test]
+fn linux_finds_disks_that_share_interrupt_lines() {
+    const DISKS: usize = 20;
+    if !kvm() {
+        return;
+    }
+    let Some(kernels) = linux() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let images: Vec<_> =
+        (0..DISKS).map(|number| make_disk(folder.path(), &format!("d{number}"), Kind::Dynamic, 1 << 20)).collect();
+    let disks: Vec<_> = images.iter().map(|image| MachineDisk { live: open(image), options: BlockOptions::default() }).collect();
+    let mut table = [0; 512];
+    table[446 + 4] = 0x83;
+    (table[446 + 8], table[446 + 12], table[510], table[511]) = (8, 64, 0x55, 0xAA);
+    for disk in [&disks[0], &disks[DISKS - 1]] {
+        disk.live.disk().write_at(&table, 0).unwrap();
+    }
+    let boot = Boot { kernel: Some(kernels.join("vmlinux")), initrd: None, command_line: command_line("root=/dev/vdt1") };
+    let (machine, said, _) = machine(Definition { boot, memory: 128 << 20, ..definition("", disks) });
+    machine.command(Command::Start).unwrap();
+    wait_for(&machine, &said, " vdt: vdt1");
+    assert!(said.text().contains(" vda: vda1"), "{}", said.text());
+    machine.command(Command::Off).unwrap();
+}
+
 #[test]
 fn linux_unpacks_an_initrd_and_starts_what_is_in_it() {
     if !kvm() {

@@ -216,7 +216,7 @@ impl Config {
     pub fn add(&mut self, mut disk: DiskConfig) -> Result<(), Error> {
         let free = (0..MAX_DISKS as u8).find(|position| self.disks.iter().all(|disk| disk.position != *position));
         disk.position = free.ok_or_else(|| {
-            let message = format!("is one disk too many: a machine has {MAX_DISKS} at most, one for each interrupt line");
+            let message = format!("is one disk too many: a machine has {MAX_DISKS} at most");
             Error::new(ErrorKind::InvalidInput, message).at(&disk.image)
         })?;
         self.disks.push(disk);
