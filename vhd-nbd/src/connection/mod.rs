@@ -31,8 +31,9 @@ use crate::transmission::{Operation, Refusal, check, status_payload};
 /// Replies, and bytes of them, that are collected before they are sent.
 const BATCH: usize = 16;
 const BATCH_BYTES: usize = PIECE;
-/// Requests that are done in a row while others wait for the thread, a long one counting for several.
-const ROW: usize = 64;
+/// Requests that are done in a row while others wait for the thread, a long one counting for several: some milliseconds. To let others
+/// go first wakes another thread to look for them, so it must not be often.
+const ROW: usize = 512;
 const COUNTS_ONE_MORE: usize = 16 << 10;
 /// Payload that is thrown away so as to go on after a bad request. More than that is no mistake.
 const MAX_DISCARD: u64 = 1 << 32;
