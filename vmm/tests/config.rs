@@ -167,7 +167,7 @@ fn what_is_wrong_is_said_with_file_line_and_column() {
             "<enabled> is \"maybe\", expected true or false",
         ),
         (
-            disk("<location id=\"16\"><pathname><relative>a</relative></pathname></location>"),
+            disk("<location id=\"64\"><pathname><relative>a</relative></pathname></location>"),
             "line 3, column 2: <location> has the id",
         ),
         (disk("<location id=\"0\"/>"), "line 3, column 2: <location> has neither"),
