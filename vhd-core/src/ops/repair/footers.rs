@@ -19,7 +19,7 @@ pub(super) const USUAL_HEADER: u64 = 512;
 /// Where a BAT goes of which nothing is left.
 const USUAL_TABLE: u64 = USUAL_HEADER + HEADER_LEN as u64;
 /// Entries of a table that is put right: the largest disk in blocks of 512 KiB has a quarter of that.
-const MAX_ENTRIES: u32 = 16 << 20;
+pub(super) const MAX_ENTRIES: u32 = 16 << 20;
 
 impl Repairer<'_> {
     /// Everything but leaked space.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::Repairer;
+use super::footers::MAX_ENTRIES;
 use crate::error::Result;
 use crate::format::{BAT_ENTRY_LEN, BAT_UNUSED, SECTOR};
 use crate::layout::Layout;
@@ -233,8 +234,11 @@ impl Repairer<'_> {
         Ok((full, found))
     }
 
-    /// How well the entries at `at` fit the file.
+    /// How well the entries at `at` fit the file. More than a table may have do not.
     pub(super) fn fit_of(&self, layout: Layout, at: u64, data_end: u64) -> Result<Fit> {
+        if layout.blocks() > MAX_ENTRIES {
+            return Ok(Fit::default());
+        }
         let len = u64::from(layout.blocks()) * BAT_ENTRY_LEN;
         let mut bytes = vec![0xFF; len as usize];
         let there = self.len()?.saturating_sub(at).min(len) as usize;
