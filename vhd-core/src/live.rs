@@ -9,8 +9,9 @@ use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::sync::{Arc, PoisonError, TryLockError};
 
+use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard, ShardedLockWriteGuard};
 use uuid::Uuid;
 
 use crate::block::{BlockDevice, Capabilities, Disk, Extent, Found, ZeroMode};
@@ -26,7 +27,8 @@ use crate::storage::{FileStorage, Host, LockMode, folder_of, resolve};
 #[derive(Clone)]
 pub struct LiveDisk(Arc<Shared>);
 
-struct Shared(RwLock<State>);
+/// Sharded, so that threads that only want to know it is not changing do not pass one line of the processor's cache around.
+struct Shared(ShardedLock<State>);
 
 enum State {
     Open(Open),
@@ -63,7 +65,7 @@ impl LiveDisk {
     /// # Errors
     /// As [`Chain::open`].
     pub fn open(path: &Path, options: &ChainOptions) -> Result<Self> {
-        Ok(Self(Arc::new(Shared(RwLock::new(State::Open(Open::new(path, options)?))))))
+        Ok(Self(Arc::new(Shared(ShardedLock::new(State::Open(Open::new(path, options)?))))))
     }
 
     /// The handle for reading and writing. It may be made again after a change, to know the new size.
@@ -304,11 +306,11 @@ impl State {
 }
 
 impl Shared {
-    fn read(&self) -> RwLockReadGuard<'_, State> {
+    fn read(&self) -> ShardedLockReadGuard<'_, State> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, State> {
+    fn write(&self) -> ShardedLockWriteGuard<'_, State> {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,15 +1,18 @@
 //! What lets requests through to the disk, until it is to be closed.
 
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::PoisonError;
+
+use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard};
 
 /// Open at first; closed once, for ever.
 #[derive(Default)]
 pub(crate) struct Gate {
-    closed: RwLock<bool>,
+    /// Every request looks at it, from many threads at once.
+    closed: ShardedLock<bool>,
 }
 
 /// A request that went through. The gate closes only when all of these are gone.
-pub(crate) struct Pass<'a>(#[expect(dead_code, reason = "held, not read")] RwLockReadGuard<'a, bool>);
+pub(crate) struct Pass<'a>(#[expect(dead_code, reason = "held, not read")] ShardedLockReadGuard<'a, bool>);
 
 impl Gate {
     /// Goes through, or `None` when the gate is closed.

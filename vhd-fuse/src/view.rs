@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use fuser::Errno;
 use nix::fcntl::FallocateFlags;
 use nix::libc;
+use rustix::time::{ClockId, clock_gettime};
 use vhd_core::block::{ExtentState, ZeroMode};
 use vhd_core::{Disk, Error, ErrorKind};
 
@@ -171,7 +172,9 @@ impl View {
         // In this order, for a reader in between must see more changes of others, not fewer.
         self.all_changes.fetch_add(1, Ordering::SeqCst);
         self.own_changes.fetch_add(1, Ordering::SeqCst);
-        self.modified.store(nanoseconds(SystemTime::now()), Ordering::Relaxed);
+        let now = clock_gettime(ClockId::RealtimeCoarse);
+        let nanoseconds = now.tv_sec.saturating_mul(1_000_000_000).saturating_add(now.tv_nsec);
+        self.modified.store(u64::try_from(nanoseconds).unwrap_or(0), Ordering::Relaxed);
     }
 }
 

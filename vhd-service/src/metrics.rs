@@ -6,26 +6,24 @@ use std::net::{SocketAddr, TcpListener};
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use prometheus_client::encoding::text::encode;
-use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use vhd_core::block::{BlockDevice, Capabilities, Extent, Found, ZeroMode};
 use vhd_core::{Disk, Error, ErrorKind, Result};
 
+use self::counts::{Kind, Requests, Watched};
 use crate::space;
+
+mod counts;
 
 type Labels = Vec<(&'static str, String)>;
 
-/// Where the buckets of latencies end, in seconds: from what memory takes to what nobody waits for.
-const BUCKETS: [f64; 12] = [5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 1e-3, 5e-3, 2.5e-2, 0.1, 0.5, 2.5];
 /// Bytes of a request for metrics at most.
 const MAX_REQUEST: usize = 8 << 10;
 /// How long who asks for metrics may take.
@@ -38,35 +36,23 @@ pub struct Metrics(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     registry: Mutex<Registry>,
-    requests: Family<Labels, Counter>,
-    bytes: Family<Labels, Counter>,
-    errors: Family<Labels, Counter>,
-    latency: Family<Labels, Histogram, fn() -> Histogram>,
+    requests: Arc<Requests>,
     size: Family<Labels, Gauge>,
     allocated: Family<Labels, Gauge>,
     free: Family<Labels, Gauge>,
-    disks: Mutex<Vec<(String, Disk)>>,
 }
 
 impl Default for Metrics {
     fn default() -> Self {
-        let latency: Family<_, Histogram, fn() -> Histogram> = Family::new_with_constructor(|| Histogram::new(BUCKETS));
         let inner = Inner {
             registry: Mutex::new(Registry::with_prefix("vhd")),
-            requests: Family::default(),
-            bytes: Family::default(),
-            errors: Family::default(),
-            latency,
+            requests: Arc::default(),
             size: Family::default(),
             allocated: Family::default(),
             free: Family::default(),
-            disks: Mutex::default(),
         };
         let mut registry = inner.registry.lock().unwrap_or_else(PoisonError::into_inner);
-        registry.register("requests", "Requests to a disk", inner.requests.clone());
-        registry.register_with_unit("moved", "Bytes of reads, writes and zeroes", Unit::Bytes, inner.bytes.clone());
-        registry.register("errors", "Requests that failed", inner.errors.clone());
-        registry.register_with_unit("latency", "How long the disk took", Unit::Seconds, inner.latency.clone());
+        registry.register_collector(Box::new(Arc::clone(&inner.requests)));
         registry.register_with_unit("size", "Size of the disk", Unit::Bytes, inner.size.clone());
         registry.register_with_unit("allocated", "What the leaf's file takes", Unit::Bytes, inner.allocated.clone());
         registry.register_with_unit("volume_free", "Room on the leaf's volume", Unit::Bytes, inner.free.clone());
@@ -79,31 +65,13 @@ impl Metrics {
     /// A disk that counts what it is asked for, under this name.
     #[must_use]
     pub fn watch(&self, name: &str, disk: &Disk) -> Disk {
-        let kinds = ["read", "write", "flush", "zero"].map(|kind| {
-            let labels = vec![("disk", name.to_owned()), ("kind", kind.to_owned())];
-            Counts {
-                requests: self.0.requests.get_or_create_owned(&labels),
-                bytes: self.0.bytes.get_or_create_owned(&labels),
-                errors: self.0.errors.get_or_create_owned(&labels),
-                latency: self.0.latency.get_or_create_owned(&labels),
-            }
-        });
-        let mut disks = self.disks();
-        disks.retain(|(other, _)| other != name);
-        disks.push((name.to_owned(), disk.clone()));
-        Disk::new(Counted { disk: disk.clone(), kinds })
+        let watched = self.0.requests.watch(name, disk);
+        Disk::new(Counted { disk: disk.clone(), watched })
     }
 
     /// Forgets the disk of this name.
     pub fn forget(&self, name: &str) {
-        self.disks().retain(|(other, _)| other != name);
-        for kind in ["read", "write", "flush", "zero"] {
-            let labels = vec![("disk", name.to_owned()), ("kind", kind.to_owned())];
-            self.0.requests.remove(&labels);
-            self.0.bytes.remove(&labels);
-            self.0.errors.remove(&labels);
-            self.0.latency.remove(&labels);
-        }
+        self.0.requests.forget(name);
         let labels = vec![("disk", name.to_owned())];
         self.0.size.remove(&labels);
         self.0.allocated.remove(&labels);
@@ -118,8 +86,8 @@ impl Metrics {
     /// All counters as text, in the format that Prometheus reads.
     #[must_use]
     pub fn to_text(&self) -> String {
-        for (name, disk) in &*self.disks() {
-            self.look_at(name, disk);
+        for (name, disk) in self.0.requests.disks() {
+            self.look_at(&name, &disk);
         }
         let mut text = String::new();
         // Writing to a string does not fail.
@@ -142,10 +110,6 @@ impl Metrics {
         if let Ok(space) = space::of(&leaf) {
             set(&self.0.free, space.free);
         }
-    }
-
-    fn disks(&self) -> std::sync::MutexGuard<'_, Vec<(String, Disk)>> {
-        self.0.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Answers `GET /metrics` over HTTP, until the process ends. Returns where: port 0 becomes a free one.
@@ -200,49 +164,19 @@ impl Metrics {
     }
 }
 
-struct Counts {
-    requests: Counter<u64, AtomicU64>,
-    bytes: Counter<u64, AtomicU64>,
-    errors: Counter<u64, AtomicU64>,
-    latency: Histogram,
-}
-
-impl Counts {
-    fn time<T>(&self, bytes: u64, request: impl FnOnce() -> Result<T>) -> Result<T> {
-        let began = Instant::now();
-        let result = request();
-        self.count(bytes, began, &result);
-        result
-    }
-
-    fn count<T>(&self, bytes: u64, began: Instant, result: &Result<T>) {
-        self.latency.observe(began.elapsed().as_secs_f64());
-        self.requests.inc();
-        match result {
-            Ok(_) => self.bytes.inc_by(bytes),
-            Err(_) => self.errors.inc(),
-        };
-    }
-}
-
 /// A disk that counts.
 struct Counted {
     disk: Disk,
-    kinds: [Counts; 4],
+    watched: Arc<Watched>,
 }
 
 impl Counted {
-    fn of(&self, kind: Kind) -> &Counts {
-        &self.kinds[kind as usize]
+    fn time<T>(&self, kind: Kind, bytes: u64, request: impl FnOnce() -> Result<T>) -> Result<T> {
+        let began = Instant::now();
+        let result = request();
+        self.watched.count(kind, bytes, began.elapsed(), result.is_ok());
+        result
     }
-}
-
-#[derive(Clone, Copy)]
-enum Kind {
-    Read,
-    Write,
-    Flush,
-    Zero,
 }
 
 impl BlockDevice for Counted {
@@ -253,7 +187,7 @@ impl BlockDevice for Counted {
 
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
         let bytes = bufs.iter().map(|buf| buf.len() as u64).sum();
-        self.of(Kind::Read).time(bytes, || self.disk.read_vectored_at(bufs, offset))
+        self.time(Kind::Read, bytes, || self.disk.read_vectored_at(bufs, offset))
     }
 
     fn find_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64, wait: bool) -> Result<Found> {
@@ -262,23 +196,23 @@ impl BlockDevice for Counted {
         let result = self.disk.find_vectored_at(bufs, offset, wait);
         // What was put off comes again.
         if !matches!(result, Ok(Found::NotNow)) {
-            self.of(Kind::Read).count(bytes, began, &result);
+            self.watched.count(Kind::Read, bytes, began.elapsed(), result.is_ok());
         }
         result
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {
         let bytes = bufs.iter().map(|buf| buf.len() as u64).sum();
-        self.of(Kind::Write).time(bytes, || self.disk.write_vectored_at(bufs, offset))
+        self.time(Kind::Write, bytes, || self.disk.write_vectored_at(bufs, offset))
     }
 
     fn flush(&self) -> Result<()> {
-        self.of(Kind::Flush).time(0, || self.disk.flush())
+        self.time(Kind::Flush, 0, || self.disk.flush())
     }
 
     fn zero(&self, range: Range<u64>, mode: ZeroMode) -> Result<()> {
         let bytes = range.end.saturating_sub(range.start);
-        self.of(Kind::Zero).time(bytes, || self.disk.zero(range, mode))
+        self.time(Kind::Zero, bytes, || self.disk.zero(range, mode))
     }
 
     fn extents(&self, range: Range<u64>, visit: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {

@@ -112,39 +112,51 @@ pub fn file_systems(place: &Place) -> Result<Vec<Row>> {
         ("untar 3000 files, synced, memory", Unit::Seconds, &|one| one.untar(&archive)),
     ];
     let syncs: [Work<'_>; 1] = [("sqlite, a sync for each transaction, disk", Unit::Seconds, &|one| one.transactions(&script))];
-    let mut rows = over_both(&place.memory, &costs, place.rounds)?;
-    rows.extend(over_both(&place.disk, &syncs, place.rounds)?);
+    let mut rows = over_all(&place.memory, &costs, place.rounds)?;
+    rows.extend(over_all(&place.disk, &syncs, place.rounds)?);
     Ok(rows)
 }
 
-/// The same work on a raw file and on an image, both empty, in a folder.
-fn over_both(folder: &Path, works: &[Work<'_>], rounds: usize) -> Result<Vec<Row>> {
-    let (raw, image, mounted) = (folder.join("loop.img"), folder.join("loop.vhd"), folder.join("mounted"));
-    File::create(&raw)?.set_len(SIZE)?;
+/// The same work on a raw file, on an image, and on another raw file through the least that FUSE can be; all empty, in a folder.
+fn over_all(folder: &Path, works: &[Work<'_>], rounds: usize) -> Result<Vec<Row>> {
+    let [raw, other, image] = ["loop.img", "other.img", "loop.vhd"].map(|name| folder.join(name));
+    let [mounted, floor] = ["mounted", "floor"].map(|name| folder.join(name));
+    for path in [&raw, &other] {
+        File::create(path)?.set_len(SIZE)?;
+    }
     new_dynamic(&image, SIZE, 1)?;
-    std::fs::create_dir_all(&mounted)?;
-    let mut command = Command::new(vhd()?);
-    command.args(["mount", "--foreground"]).arg(&image).arg(&mounted);
-    let server = Server::start(&mut command, &mounted.join("disk.raw"))?;
-    let measured = in_loops(folder, [&raw, &mounted.join("disk.raw")], works, rounds);
-    let _ = Command::new("umount").arg("-l").arg(&mounted).status();
-    drop(server);
-    for path in [raw, image] {
+    for folder in [&mounted, &floor] {
+        std::fs::create_dir_all(folder)?;
+    }
+    let (file, floor_file) = (mounted.join("disk.raw"), floor.join("disk.raw"));
+    let server = Server::start(Command::new(vhd()?).args(["mount", "--foreground"]).arg(&image).arg(&mounted), &file)?;
+    let mut command = Command::new(std::env::current_exe()?);
+    let floor_server = Server::start(command.arg("--serve-floor").arg(&other).arg(&floor), &floor_file)?;
+    let measured = in_loops(folder, [&raw, &file, &floor_file], works, rounds);
+    for folder in [&mounted, &floor] {
+        let _ = Command::new("umount").arg("-l").arg(folder).status();
+    }
+    drop((server, floor_server));
+    for path in [raw, other, image] {
         let _ = std::fs::remove_file(path);
     }
     measured
 }
 
-fn in_loops(folder: &Path, files: [&Path; 2], works: &[Work<'_>], rounds: usize) -> Result<Vec<Row>> {
-    let both = [
+fn in_loops(folder: &Path, files: [&Path; 3], works: &[Work<'_>], rounds: usize) -> Result<Vec<Row>> {
+    let loops = [
         Looped::new("loop over the raw file", files[0], folder.join("in-raw"))?,
         Looped::new("loop over the mount's disk.raw", files[1], folder.join("in-vhd"))?,
+        Looped::new("loop over fuser, pread and pwrite on a raw file", files[2], folder.join("in-floor"))?,
     ];
     let mut rows = Vec::new();
     for (work, unit, run) in works {
         let target = if *unit == Unit::Seconds { 1.0 / 0.7 } else { 0.7 };
-        let mut subjects =
-            [Subject::new(both[0].name, || run(&both[0])), Subject::new(both[1].name, || run(&both[1])).with_target(target)];
+        let mut subjects = [
+            Subject::new(loops[0].name, || run(&loops[0])),
+            Subject::new(loops[1].name, || run(&loops[1])).with_target(target),
+            Subject::new(loops[2].name, || run(&loops[2])).being_floor(),
+        ];
         rows.extend(alternate(&format!("ext4 in a loop device: {work}"), *unit, rounds, &mut subjects)?);
     }
     Ok(rows)

@@ -6,7 +6,7 @@
 //! the memory for this gain nothing from looking at whole stretches.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
@@ -18,11 +18,14 @@ use crate::image::RunKind;
 /// Bytes of a stretch: few enough that where every page is another layer's the runs take two lines of a processor's cache, as
 /// waiting for those is most of what a look costs.
 const STRETCH: u64 = 64 << 10;
+/// Stretches that are remembered and forgotten together. A few thousand lists for a disk are found in cache, where one for
+/// each stretch would not be.
+const REGION: u64 = 128;
 /// Runs that are remembered for one chain: of 8 bytes each, so 32 MiB.
 const CAPACITY: usize = 4 << 20;
 const SHARDS: usize = 16;
-/// What a stretch costs besides its runs, in runs: its place in the map.
-const OVERHEAD: usize = 8;
+/// What a region costs besides its runs, in runs.
+const OVERHEAD: usize = REGION as usize / 2 + 8;
 
 /// A run that ends where the next one begins, in one word, as many are looked through: from the top the first sector
 /// from the stretch's beginning, the depth, the kind, and for what is present the sector in the layer's file.
@@ -71,15 +74,52 @@ impl FlatRun {
     }
 }
 
+/// What is remembered of neighbouring stretches.
 #[derive(Debug)]
+struct Region {
+    stretches: [Stretch; REGION as usize],
+    /// Those of all stretches, in the order in which they became known, each stretch's in the order of the disk.
+    runs: Vec<FlatRun>,
+}
+
+/// What is known of a stretch, in four bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stretch {
+    New,
     SeenOnce,
-    Known(Box<[FlatRun]>),
+    /// Its first run, and how many: no stretch has more than sectors, so a region no more than 2^14 runs.
+    Known {
+        first: u16,
+        count: u8,
+    },
+}
+
+impl Region {
+    fn new() -> Box<Self> {
+        Box::new(Self { stretches: [Stretch::New; REGION as usize], runs: Vec::new() })
+    }
+
+    fn runs(&self, first: u16, count: u8) -> &[FlatRun] {
+        self.runs.get(usize::from(first)..usize::from(first) + usize::from(count)).unwrap_or_default()
+    }
+
+    /// Notes the runs of a stretch, if someone else has not done so meanwhile.
+    fn keep(&mut self, index: usize, runs: &[FlatRun]) {
+        let (Ok(first), Ok(count)) = (u16::try_from(self.runs.len()), u8::try_from(runs.len())) else { return };
+        if !matches!(self.stretches[index], Stretch::Known { .. }) {
+            self.runs.extend_from_slice(runs);
+            self.stretches[index] = Stretch::Known { first, count };
+        }
+    }
+
+    fn cost(&self) -> usize {
+        OVERHEAD + self.runs.capacity()
+    }
 }
 
 #[derive(Debug, Default)]
 struct Shard {
-    stretches: FxHashMap<u64, Stretch>,
+    regions: FxHashMap<u64, Box<Region>>,
     cost: usize,
 }
 
@@ -119,7 +159,7 @@ impl FlatCache {
                         continue;
                     };
                     let few = runs_of(&runs, from..to);
-                    self.keep(number, runs.into());
+                    self.keep(number, &runs);
                     few
                 }
             };
@@ -128,33 +168,31 @@ impl FlatCache {
         Ok(())
     }
 
-    fn shard(&self, number: u64) -> &Mutex<Shard> {
-        &self.shards[(number % SHARDS as u64) as usize]
+    fn shard(&self, region: u64) -> MutexGuard<'_, Shard> {
+        self.shards[(region % SHARDS as u64) as usize].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is remembered of `part` of a stretch. It is copied: data is moved under no lock.
     fn find(&self, number: u64, part: Range<u64>) -> Found {
-        let mut shard = self.shard(number).lock().unwrap_or_else(PoisonError::into_inner);
-        match shard.stretches.get(&number) {
-            Some(Stretch::Known(runs)) => Found::Known(runs_of(runs, part)),
-            Some(Stretch::SeenOnce) => Found::SeenOnce,
-            None => {
-                shard.make_room(OVERHEAD);
-                shard.stretches.insert(number, Stretch::SeenOnce);
-                shard.cost += OVERHEAD;
+        let (region, index) = (number / REGION, (number % REGION) as usize);
+        let mut shard = self.shard(region);
+        let Some(region) = shard.regions.get_mut(&region) else {
+            shard.change(region, |region| region.stretches[index] = Stretch::SeenOnce);
+            return Found::New;
+        };
+        match region.stretches[index] {
+            Stretch::Known { first, count } => Found::Known(runs_of(region.runs(first, count), part)),
+            Stretch::SeenOnce => Found::SeenOnce,
+            Stretch::New => {
+                region.stretches[index] = Stretch::SeenOnce;
                 Found::New
             }
         }
     }
 
-    fn keep(&self, number: u64, runs: Box<[FlatRun]>) {
-        let mut shard = self.shard(number).lock().unwrap_or_else(PoisonError::into_inner);
-        let cost = runs.len() + OVERHEAD;
-        shard.make_room(cost);
-        shard.cost += cost;
-        if let Some(old) = shard.stretches.insert(number, Stretch::Known(runs)) {
-            shard.cost -= old.cost();
-        }
+    fn keep(&self, number: u64, runs: &[FlatRun]) {
+        let (region, index) = (number / REGION, (number % REGION) as usize);
+        self.shard(region).change(region, |region| region.keep(index, runs));
     }
 }
 
@@ -175,31 +213,31 @@ fn runs_of(runs: &[FlatRun], part: Range<u64>) -> FewRuns {
     SmallVec::from_slice(&rest[..count])
 }
 
-impl Stretch {
-    fn cost(&self) -> usize {
-        match self {
-            Self::SeenOnce => OVERHEAD,
-            Self::Known(runs) => runs.len() + OVERHEAD,
-        }
-    }
-}
-
 impl Shard {
+    /// Changes a region, which is made where there is none.
+    fn change(&mut self, number: u64, change: impl FnOnce(&mut Region)) {
+        let region = self.regions.entry(number).or_insert_with(|| {
+            self.cost += OVERHEAD;
+            Region::new()
+        });
+        let before = region.cost();
+        change(region);
+        self.cost += region.cost() - before;
+        self.make_room();
+    }
+
     /// Forgets a quarter, whichever, once there is too much.
-    fn make_room(&mut self, cost: usize) {
+    fn make_room(&mut self) {
         let most = CAPACITY / SHARDS;
-        if self.cost + cost <= most {
+        if self.cost <= most {
             return;
         }
-        let mut over = self.cost + cost - most * 3 / 4;
+        let over = self.cost - most * 3 / 4;
         let mut freed = 0;
-        self.stretches.retain(|_, stretch| {
-            if over == 0 {
-                return true;
-            }
-            let cost = stretch.cost();
-            (over, freed) = (over.saturating_sub(cost), freed + cost);
-            false
+        self.regions.retain(|_, region| {
+            let stays = freed >= over;
+            freed += if stays { 0 } else { region.cost() };
+            stays
         });
         self.cost -= freed;
     }
@@ -339,7 +377,7 @@ mod tests {
         for shard in &*cache.shards {
             let shard = shard.lock().unwrap();
             assert!(shard.cost <= CAPACITY / SHARDS);
-            assert_eq!(shard.cost, shard.stretches.values().map(Stretch::cost).sum::<usize>());
+            assert_eq!(shard.cost, shard.regions.values().map(|region| region.cost()).sum::<usize>());
         }
     }
 }

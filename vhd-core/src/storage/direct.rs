@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
 use nix::fcntl::OFlag;
-use rustix::fs::{AtFlags, StatxFlags, statx};
+use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_getfl, statx};
 
 /// A second description of a file, opened with `O_DIRECT`, and what the file system wants of its requests.
 ///
@@ -32,7 +32,9 @@ impl Direct {
             if told { (align(found.stx_dio_offset_align)?, align(found.stx_dio_mem_align)?) } else { (4096, 4096) };
         // The same file, whatever its path leads to now.
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let file = OpenOptions::new().read(true).write(writable).custom_flags(OFlag::O_DIRECT.bits()).open(path).ok()?;
+        let leaves_times = fcntl_getfl(file).is_ok_and(|flags| flags.contains(OFlags::NOATIME));
+        let flags = if leaves_times { OFlag::O_DIRECT | OFlag::O_NOATIME } else { OFlag::O_DIRECT };
+        let file = OpenOptions::new().read(true).write(writable).custom_flags(flags.bits()).open(path).ok()?;
         Some(Self { file, offset_align, memory_align })
     }
 
