@@ -79,8 +79,8 @@ impl Metrics {
     /// A disk that counts what it is asked for, under this name.
     #[must_use]
     pub fn watch(&self, name: &str, disk: &Disk) -> Disk {
-        let kinds = ["read", "write", "flush", "zero"].map(|kind| {
-            let labels = vec![("disk", name.to_owned()), ("kind", kind.to_owned())];
+        let kinds = KINDS.map(|kind| {
+            let labels = of_kind(name, kind);
             Counts {
                 requests: self.0.requests.get_or_create_owned(&labels),
                 bytes: self.0.bytes.get_or_create_owned(&labels),
@@ -97,8 +97,8 @@ impl Metrics {
     /// Forgets the disk of this name.
     pub fn forget(&self, name: &str) {
         self.disks().retain(|(other, _)| other != name);
-        for kind in ["read", "write", "flush", "zero"] {
-            let labels = vec![("disk", name.to_owned()), ("kind", kind.to_owned())];
+        for kind in KINDS {
+            let labels = of_kind(name, kind);
             self.0.requests.remove(&labels);
             self.0.bytes.remove(&labels);
             self.0.errors.remove(&labels);
@@ -200,6 +200,11 @@ impl Metrics {
     }
 }
 
+/// Labels of what is counted of a disk's requests of a kind.
+fn of_kind(disk: &str, kind: &str) -> Labels {
+    vec![("disk", disk.to_owned()), ("kind", kind.to_owned())]
+}
+
 struct Counts {
     requests: Counter<u64, AtomicU64>,
     bytes: Counter<u64, AtomicU64>,
@@ -236,6 +241,9 @@ impl Counted {
         &self.kinds[kind as usize]
     }
 }
+
+/// Kinds of requests, in the order of [`Kind`].
+const KINDS: [&str; 4] = ["read", "write", "flush", "zero"];
 
 #[derive(Clone, Copy)]
 enum Kind {
