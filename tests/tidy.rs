@@ -179,7 +179,7 @@ fn all_paths() -> Vec<PathBuf> {
 
 /// What a text has between backticks.
 fn quoted(text: &str) -> impl Iterator<Item = &str> {
-    text.lines().flat_map(|line| line.split('`').skip(1).step_by(2))
+    text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)).filter(|name| !name.is_empty())
 }
 
 /// Whether this is meant to be a file or a folder of the project: `vmm/guest`, `format/locator.rs`.
@@ -238,7 +238,7 @@ fn the_counters_count() {
     assert!(begins_function("    pub(crate) async fn x() {") && begins_function("fn x() {") && !begins_function("// fn x"));
     assert_eq!(without_tests("code\n#[cfg(test)]\nmod tests {\n}"), "code\n");
     assert_eq!(links("[a](b.md#c) [d](https://e) [f](#g)"), ["b.md"]);
-    assert_eq!(quoted("`a` b `c`").collect::<Vec<_>>(), ["a", "c"]);
+    assert_eq!(quoted("`a` b `c`\n```sh\n").collect::<Vec<_>>(), ["a", "c", "sh"]);
     assert!(is_own_path("vmm/guest") && is_own_path("image/write.rs") && !is_own_path("nbd/x") && !is_own_path("a b.rs"));
     let path = Path::new("vhd-core/tests/bad_hosts.rs");
     assert!(is_called(path, "tests/bad_hosts.rs") && is_called(path, "vhd-core/tests/bad_*.rs") && !is_called(path, "hosts.rs"));
