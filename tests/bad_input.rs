@@ -14,7 +14,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use support::{done, expect, json, noise, one_line, refused};
+use support::{done, expect, json, names_in, noise, one_line, refused, vhd_fed};
 use vhd_testkit::fixture::{
     Bits, BlockFill, Fill, FixtureSpec, Kind, Layout, Locator, Parent, put_u32, put_u64, refresh_checksums,
 };
@@ -188,7 +188,7 @@ fn a_user_without_rights_is_told_so() {
         ("create child.vhd --parent ours.vhd", "child.vhd: can't be created"),
         ("convert ours.vhd new.raw", "new.raw: can't be created"),
     ];
-    let before = support::names_in(dir);
+    let before = names_in(dir);
     for (line, says) in cases {
         let said = one_line(&expect(nobody.run(line), 2, line), line);
         assert!(said.contains(says), "vhd {line}: {said}");
@@ -199,7 +199,7 @@ fn a_user_without_rights_is_told_so() {
     for line in ["info ours.vhd", "read read-only.vhd --offset 0 --length 512", "check ours.vhd"] {
         expect(nobody.run(line), 0, line);
     }
-    assert_eq!(support::names_in(dir), before);
+    assert_eq!(names_in(dir), before);
 }
 
 /// By its name a raw file is raw, and a guest who writes a footer to its end changes nothing about it.
@@ -240,4 +240,22 @@ fn an_error_is_one_line_whatever_the_names() {
         let said = one_line(&expect(output, 2, "an odd name"), "an odd name");
         assert!(!said.trim_end_matches('\n').chars().any(char::is_control), "{said:?}");
     }
+}
+
+/// What is beyond the end of the file is lost, and no hole that may be left out of a copy.
+#[test]
+fn an_image_whose_last_block_is_cut_is_not_copied_without_a_word() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    done(folder, "create cut.vhd --size 8M");
+    vhd_fed(folder, "write cut.vhd --offset 0", &noise(1, 8 << 20));
+    let image = folder.join("cut.vhd");
+    fs::File::options().write(true).open(&image).unwrap().set_len(7_000_000).unwrap();
+    let before = fs::read(&image).unwrap();
+    for line in ["map cut.vhd", "convert cut.vhd copy.vhd", "convert cut.vhd copy.raw", "convert --in-place --to fixed cut.vhd"] {
+        let said = refused(folder, line);
+        assert!(said.contains("cut.vhd: ") && said.contains("was cut short"), "{line}: {said}");
+    }
+    assert_eq!(names_in(folder), ["cut.vhd"]);
+    assert!(fs::read(&image).unwrap() == before);
 }

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use support::mounts::Cleanup;
 use support::{done, json, noise, run};
 use tempfile::TempDir;
 use vhd_testkit::tools::{QemuImg, VhdiMount, require};
@@ -43,24 +44,26 @@ const EXT4: System = System {
 const NTFS: System =
     System { name: "NTFS", make: &["mkfs.ntfs", "-F", "-Q", "-q"], mount: &["ntfs-3g"], judge: &["ntfsfix", "-n"] };
 
-/// A mount that is ended when it goes.
-struct Mounted(PathBuf);
+/// A mount, which does not outlive its test.
+struct Mounted {
+    at: PathBuf,
+    _cleanup: Cleanup,
+}
 
 impl Mounted {
     fn new(system: &System, raw: &Path, at: PathBuf) -> Self {
         fs::create_dir_all(&at).unwrap();
         run(system.mount[0], &[&system.mount[1..], &[raw.to_str().unwrap(), at.to_str().unwrap()]].concat());
-        Self(at)
+        Self { _cleanup: Cleanup(vec![at.clone()]), at }
     }
 
     fn path(&self, number: u64) -> PathBuf {
-        self.0.join(format!("file {number}"))
+        self.at.join(format!("file {number}"))
     }
-}
 
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        run("umount", &[&self.0]);
+    /// When it returns, all is in the file below.
+    fn end(self) {
+        run("umount", &[&self.at]);
     }
 }
 
@@ -76,9 +79,9 @@ fn filled(system: &System, folder: &Path) -> PathBuf {
     run(system.make[0], &[&system.make[1..], &[raw.to_str().unwrap()]].concat());
     let mounted = Mounted::new(system, &raw, folder.join("files"));
     (0..FILES).for_each(|number| fs::write(mounted.path(number), content(number)).unwrap());
-    run("sync", &["-f", mounted.0.to_str().unwrap()]);
+    run("sync", &["-f", mounted.at.to_str().unwrap()]);
     (0..FILES).filter(|number| number % 4 != 0).for_each(|number| fs::remove_file(mounted.path(number)).unwrap());
-    drop(mounted);
+    mounted.end();
     raw
 }
 
@@ -109,6 +112,7 @@ fn shrinks(system: &System) {
     for number in (0..FILES).step_by(4) {
         assert!(fs::read(mounted.path(number)).unwrap() == content(number), "{}: file {number}", system.name);
     }
+    mounted.end();
 }
 
 fn others_read_the_same(folder: &Path, raw: &Path) {
@@ -140,6 +144,8 @@ fn ntfs_whose_driver_was_killed_keeps_all_that_was_synced() {
     run("mkfs.ntfs", &["-F", "-Q", "-q", raw.to_str().unwrap()]);
     fs::create_dir(&at).unwrap();
     let driver = ["-o", "no_detach", raw.to_str().unwrap(), at.to_str().unwrap()];
+    // Should the test fail, the driver ends with its mount.
+    let _cleanup = Cleanup(vec![at.clone()]);
     let mut driver = Command::new("ntfs-3g").args(driver).spawn().unwrap();
     let is_mounted = || fs::read_to_string("/proc/mounts").unwrap().contains(at.to_str().unwrap());
     while !is_mounted() {
@@ -163,8 +169,9 @@ fn ntfs_whose_driver_was_killed_keeps_all_that_was_synced() {
     done(dir, "convert disk.vhd disk.img --overwrite");
     let mounted = Mounted::new(&NTFS, &raw, at);
     for number in (1..10).step_by(2) {
-        assert!(fs::read(mounted.0.join(number.to_string())).unwrap() == piece(number), "file {number}");
+        assert!(fs::read(mounted.at.join(number.to_string())).unwrap() == piece(number), "file {number}");
     }
+    mounted.end();
 }
 
 /// The disk of a machine whose power went: what is in its journal is nowhere else.
@@ -178,9 +185,9 @@ fn ext4_that_was_not_unmounted_is_left_as_it_is() {
     run("mkfs.ext4", &["-q", "-F", raw.to_str().unwrap()]);
     let mounted = Mounted::new(&EXT4, &raw, dir.join("files"));
     fs::write(mounted.path(1), noise(1, 3 << 20)).unwrap();
-    run("sync", &["-f", mounted.0.to_str().unwrap()]);
+    run("sync", &["-f", mounted.at.to_str().unwrap()]);
     fs::copy(&raw, dir.join("then.img")).unwrap();
-    drop(mounted);
+    mounted.end();
     done(dir, "convert then.img then.vhd");
     done(dir, "convert disk.img now.vhd");
     let [then, now] = ["then", "now"].map(|name| json(dir, &format!("compact {name}.vhd --free-space"), 0));

@@ -14,20 +14,15 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use support::{done, json, run, vhd_in};
-use vhd_core::Disk;
+use support::mounts::{Cleanup, possible};
+use support::{done, number, run, tagged_piece, vhd, vhd_in, wait_until};
 use vhd_testkit::crash::Random;
 use vhd_testkit::history::History;
-use vhd_testkit::tagged::Tag;
 
 const SIZE: u64 = 96 << 20;
 const SECTORS: u64 = SIZE / 512;
-
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
-}
 
 /// A server in the foreground, over a folder; whatever happens, nothing of it is left.
 struct Server {
@@ -42,11 +37,7 @@ impl Server {
         let mut command = vhd_in(folder);
         command.args(["mount", image, "disk", "--foreground"]).stdout(Stdio::null());
         let server = Self { process: command.spawn().unwrap(), target };
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while !server.file().exists() {
-            assert!(Instant::now() < deadline, "the mount does not come");
-            sleep(Duration::from_millis(5));
-        }
+        wait_until("the mount is there", || server.file().exists());
         server
     }
 
@@ -65,17 +56,10 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
-        let _ = Command::new("umount").args(["--lazy", self.target.to_str().unwrap()]).stderr(Stdio::null()).status();
+        // As a user clears what a dead server leaves; what that can't is taken away all the same.
+        let _ = vhd(self.target.parent().unwrap(), "unmount disk");
+        drop(Cleanup(vec![self.target.clone()]));
     }
-}
-
-fn needs_fuse() -> bool {
-    if Path::new("/dev/fuse").exists() && nix::unistd::Uid::effective().is_root() {
-        return true;
-    }
-    assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "CI must test mounts: no /dev/fuse, or not root");
-    eprintln!("SKIPPED: killing servers needs root and /dev/fuse");
-    false
 }
 
 /// Writes and syncs until the file fails, which it does when the server is killed. What was done is noted.
@@ -92,10 +76,7 @@ fn load(file: &File, seed: u64, session: u32, clock: &mut usize, history: &mut H
             }
             continue;
         }
-        // Near the beginning of a few blocks, so that blocks are new, partly present, and overwritten.
-        let lba = random.below(SECTORS / 4096) * 4096 + random.below(64);
-        let count = (1 + random.below(16)).min(SECTORS - lba);
-        let tags: Vec<_> = (lba..lba + count).map(|lba| Tag { image: session, lba, write }.sector()).collect();
+        let (lba, tags) = tagged_piece(&mut random, SECTORS, session, write);
         let done = file.write_all_at(&tags.concat(), lba * 512).is_ok();
         (lba..).zip(&tags).for_each(|(lba, tag)| history.wrote(lba, *tag, begun, done.then_some(begun + 1)));
         if !done {
@@ -104,24 +85,12 @@ fn load(file: &File, seed: u64, session: u32, clock: &mut usize, history: &mut H
     }
 }
 
-/// Every sector that may differ from zero holds something permitted.
-fn judge(image: &Path, history: &History) -> Vec<u8> {
-    let disk = Disk::open(image, &Default::default()).unwrap();
-    let mut found = vec![0; SIZE as usize];
-    disk.read_at(&mut found, 0).unwrap();
-    for (lba, content) in found.as_chunks::<512>().0.iter().enumerate() {
-        history.judge(lba as u64, content, usize::MAX).unwrap();
-    }
-    found
-}
-
 fn kill_again_and_again(folder: &Path, image: &str) {
     let first = number("VHD_KILL_SEED", 1);
     let mut found = vec![0; SIZE as usize];
     for seed in first..first + number("VHD_KILLS", 10) {
         let server = Server::start(folder, image);
-        let mut history = History::default();
-        found.as_chunks::<512>().0.iter().enumerate().for_each(|(lba, content)| history.set_initial(lba as u64, *content));
+        let mut history = History::of(&found);
         let file = OpenOptions::new().read(true).write(true).open(server.file()).unwrap();
         let killer = std::thread::spawn(move || {
             sleep(Duration::from_millis(Random::new(seed).below(400)));
@@ -130,16 +99,14 @@ fn kill_again_and_again(folder: &Path, image: &str) {
         load(&file, seed, u32::try_from(seed).unwrap(), &mut 0, &mut history);
         killer.join().unwrap();
         drop(file);
-        let report = json(folder, &format!("check {image}"), 0);
-        let worse = report["findings"].as_array().unwrap().iter().find(|finding| finding["severity"] == "error");
-        assert!(worse.is_none(), "seed {seed}: {worse:?}");
-        found = judge(&folder.join(image), &history);
+        found = support::content_of_sound(folder, image);
+        history.judge_disk(&found, usize::MAX).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
     }
 }
 
 #[test]
 fn a_killed_server_loses_nothing_flushed_of_a_dynamic_disk() {
-    if needs_fuse() {
+    if possible(&[]) {
         let folder = tempfile::tempdir().unwrap();
         done(folder.path(), &format!("create disk.vhd --size {SIZE}"));
         kill_again_and_again(folder.path(), "disk.vhd");
@@ -148,7 +115,7 @@ fn a_killed_server_loses_nothing_flushed_of_a_dynamic_disk() {
 
 #[test]
 fn a_killed_server_loses_nothing_flushed_of_a_child() {
-    if needs_fuse() {
+    if possible(&[]) {
         let folder = tempfile::tempdir().unwrap();
         done(folder.path(), &format!("create base.vhd --size {SIZE}"));
         done(folder.path(), "create child.vhd --parent base.vhd");
@@ -202,7 +169,7 @@ fn content(session: u64, number: u64) -> Vec<u8> {
 
 #[test]
 fn ext4_on_a_disk_whose_server_is_killed_is_whole_after_its_journal() {
-    if !needs_fuse() {
+    if !possible(&["mkfs.ext4"]) {
         return;
     }
     let folder = tempfile::tempdir().unwrap();

@@ -17,12 +17,8 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use support::{done, expect, noise, refused, vhd, vhd_fed, vhd_in};
+use support::{done, expect, noise, number, refused, vhd, vhd_fed, vhd_in};
 use vhd_testkit::crash::Random;
-
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
-}
 
 /// What an operation is stopped with, and when.
 struct Stops {

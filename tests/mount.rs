@@ -6,16 +6,18 @@
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod support;
+
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use support::wait_until;
 use tempfile::TempDir;
+use vhd_service::runtime;
 
 const SIZE: u64 = 64 << 20;
 
@@ -97,15 +99,6 @@ fn failure(output: &Output) -> String {
     let said = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(said.lines().count(), 1, "{said}");
     said
-}
-
-#[track_caller]
-fn wait_until(what: &str, done: impl Fn() -> bool) {
-    let started = Instant::now();
-    while !done() {
-        assert!(started.elapsed() < Duration::from_secs(60), "waited in vain until {what}");
-        thread::sleep(Duration::from_millis(20));
-    }
 }
 
 fn send(process: &Child, signal: Signal) {
@@ -293,11 +286,14 @@ fn a_crashed_server_leaves_a_mount_that_unmount_clears() {
     let file = place.open();
     file.write_all_at(b"flushed", 0).unwrap();
     file.sync_all().unwrap();
+    let socket = runtime::folder().unwrap().join(format!("mount-{}.ctl", server.id()));
+    wait_until("its control socket is there", || socket.exists());
     send(&server, Signal::SIGKILL);
     server.wait().unwrap();
     assert_eq!(fs::metadata(place.file()).unwrap_err().raw_os_error(), Some(nix::libc::ENOTCONN));
     success(vhd(&["unmount", place.target()]));
     assert!(fs::read_dir(place.target()).unwrap().next().is_none());
+    assert!(!socket.exists(), "a dead server's control socket is left");
     assert_eq!(place.in_image(0, 7), b"flushed");
 }
 

@@ -18,52 +18,28 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
-use support::mounts::{Cleanup, possible, turn, wait_until, wait_until_free};
-use support::{done, json, names_in, noise, refused, run, text, vhd};
-use tempfile::TempDir;
+use support::mounts::{Place, turn, wait_until_free};
+use support::{done, json, names_in, noise, number, refused, run, text, vhd, wait_until};
 use vhd_core::{LiveDisk, chain::ChainOptions};
 use vhd_service::control::{Request, call};
 use vhd_testkit::crash::Random;
 use vhd_testkit::fixture::{Verdict, catalogue};
 use vhd_testkit::tools::VhdiMount;
+use vhd_testkit::volume::Volume;
 
-/// A folder with an image, and where to mount it.
-struct Place {
-    // In this order: unmounted, then removed.
-    _cleanup: Cleanup,
-    folder: TempDir,
+/// An image of 32 MiB, and where to mount it.
+fn place(needed: &[&str]) -> Option<Place> {
+    Place::with_image(needed, "32M")
 }
 
-impl Place {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        fs::create_dir(folder.path().join("disk")).unwrap();
-        done(folder.path(), "create a.vhd --size 32M");
-        Self { _cleanup: Cleanup(vec![folder.path().join("disk"), folder.path().join("file")]), folder }
-    }
-
-    fn path(&self) -> &Path {
-        self.folder.path()
-    }
-
-    fn write(&self, name: &str, offset: u64, data: &[u8]) {
-        let file = OpenOptions::new().write(true).open(self.path().join(name)).unwrap();
-        file.write_all_at(data, offset).unwrap();
-    }
-
-    fn in_image(&self, name: &str, offset: u64, length: usize) -> Vec<u8> {
-        vhd(self.path(), &format!("read {name} --offset {offset} --length {length}")).stdout
-    }
-
-    fn pid(document: &Value) -> Pid {
-        Pid::from_raw(document["pid"].as_i64().unwrap() as i32)
-    }
+/// Who serves a mount, as `vhd mount --json` tells.
+fn pid_in(document: &Value) -> Pid {
+    Pid::from_raw(document["pid"].as_i64().unwrap() as i32)
 }
 
 #[test]
 fn the_layers_are_what_another_reader_finds_in_every_chain() {
-    let Some(judge) = VhdiMount::find().filter(|_| possible(&[])) else { return };
-    let place = Place::new();
+    let (Some(judge), Some(place)) = (VhdiMount::find(), place(&[])) else { return };
     let folder = place.path();
     support::vhd_fed(folder, "write a.vhd --offset 0", &noise(1, 5 << 20));
     let mut leaf = "a.vhd".to_owned();
@@ -95,19 +71,18 @@ fn the_layers_are_what_another_reader_finds_in_every_chain() {
 
 #[test]
 fn the_layers_of_every_chain_fixture_are_what_its_makers_meant_and_what_another_reader_finds() {
-    let Some(judge) = VhdiMount::find().filter(|_| possible(&[])) else { return };
+    let Some(judge) = VhdiMount::find() else { return };
     let chains: Vec<_> = catalogue().into_iter().filter(|fixture| !fixture.parents.is_empty() && fixture.readable).collect();
     let (mut layers, mut judged_layers) = (0, 0);
     for fixture in &chains {
-        let folder = tempfile::tempdir().unwrap();
-        let _cleanup = Cleanup(vec![folder.path().join("disk")]);
-        fs::create_dir(folder.path().join("disk")).unwrap();
-        let paths = fixture.write_into(folder.path()).unwrap();
-        done(folder.path(), &format!("mount --read-only {}.vhd disk", fixture.name));
+        let Some(place) = Place::new(&[]) else { return };
+        let folder = place.path();
+        let paths = fixture.write_into(folder).unwrap();
+        done(folder, &format!("mount --read-only {}.vhd disk", fixture.name));
         let specs: Vec<_> = std::iter::once(&fixture.leaf).chain(fixture.parents.iter().map(|(_, spec)| spec)).collect();
-        let names = names_in(&folder.path().join("disk/layers"));
+        let names = names_in(&folder.join("disk/layers"));
         assert_eq!(names.len(), specs.len(), "{}", fixture.name);
-        let ours: Vec<_> = names.iter().map(|name| fs::read(folder.path().join("disk/layers").join(name)).unwrap()).collect();
+        let ours: Vec<_> = names.iter().map(|name| fs::read(folder.join("disk/layers").join(name)).unwrap()).collect();
         for (depth, layer) in ours.iter().enumerate() {
             let meant = specs[depth..].iter().rev().fold(Vec::new(), |below, spec| spec.guest(&below));
             assert!(*layer == meant, "{}: layer {depth}", fixture.name);
@@ -123,7 +98,7 @@ fn the_layers_of_every_chain_fixture_are_what_its_makers_meant_and_what_another_
             }
             judged_layers += ours.len();
         }
-        done(folder.path(), "unmount disk");
+        done(folder, "unmount disk");
     }
     println!("{} chains, {layers} layers, {judged_layers} of them judged by libvhdi", chains.len());
     assert!(chains.len() >= 18 && judged_layers >= 30);
@@ -131,10 +106,7 @@ fn the_layers_of_every_chain_fixture_are_what_its_makers_meant_and_what_another_
 
 #[test]
 fn texts_tell_what_the_commands_tell() {
-    if !possible(&[]) {
-        return;
-    }
-    let place = Place::new();
+    let Some(place) = place(&[]) else { return };
     let folder = place.path();
     done(folder, "create b.vhd --parent a.vhd");
     support::vhd_fed(folder, "write b.vhd --offset 5000000", &noise(1, 5000));
@@ -155,10 +127,7 @@ fn texts_tell_what_the_commands_tell() {
 
 #[test]
 fn what_is_written_through_one_file_is_read_through_the_others() {
-    if !possible(&["sfdisk"]) {
-        return;
-    }
-    let place = Place::new();
+    let Some(place) = place(&["sfdisk"]) else { return };
     let folder = place.path();
     done(folder, "mount a.vhd disk");
     run("sh", &["-c", &format!("echo 2048,20480 | sfdisk -q {}", folder.join("disk/disk.raw").display())]);
@@ -180,10 +149,7 @@ fn what_is_written_through_one_file_is_read_through_the_others() {
 
 #[test]
 fn a_file_becomes_the_disk_and_a_link_leads_to_it() {
-    if !possible(&["mkfs.ext4"]) {
-        return;
-    }
-    let place = Place::new();
+    let Some(place) = place(&["mkfs.ext4"]) else { return };
     let folder = place.path();
     fs::write(folder.join("file"), "was here").unwrap();
     symlink("file", folder.join("link")).unwrap();
@@ -202,10 +168,7 @@ fn a_file_becomes_the_disk_and_a_link_leads_to_it() {
 
 #[test]
 fn undo_mounts_keep_commit_and_discard() {
-    if !possible(&[]) {
-        return;
-    }
-    let place = Place::new();
+    let Some(place) = place(&[]) else { return };
     let folder = place.path();
     support::vhd_fed(folder, "write a.vhd --offset 0", b"old");
     let before = fs::read(folder.join("a.vhd")).unwrap();
@@ -234,11 +197,8 @@ fn undo_mounts_keep_commit_and_discard() {
 
 #[test]
 fn mount_runs_the_helper_with_the_words_of_fstab() {
-    if !possible(&["mkfs.ext4"]) {
-        return;
-    }
+    let Some(place) = place(&["mkfs.ext4"]) else { return };
     let _turn = turn();
-    let place = Place::new();
     let folder = place.path();
     let helper = Path::new("/sbin/mount.vhd");
     if helper.exists() {
@@ -263,9 +223,7 @@ fn mount_runs_the_helper_with_the_words_of_fstab() {
         assert!(!output.status.success() && text(&output.stderr).contains("frobnicate"), "{output:?}");
 
         // A file system, by all that are marked, with every word that people have in such lines.
-        done(folder, "mount a.vhd disk");
-        run("mkfs.ext4", &["-q", folder.join("disk/disk.raw").to_str().unwrap()]);
-        done(folder, "unmount disk");
+        place.format();
         let words = "defaults,auto,nofail,user,exec,_netdev,noatime,x-gvfs-show,comment=mine,fs,low_space=1M";
         fs::write(&table, format!("{image} {at} vhd {words} 0 2\n")).unwrap();
         run("mount", &["-a", "-T", table.to_str().unwrap()]);
@@ -286,10 +244,7 @@ fn mount_runs_the_helper_with_the_words_of_fstab() {
 
 #[test]
 fn a_snapshot_under_load_splits_what_was_written() {
-    if !possible(&[]) {
-        return;
-    }
-    let place = Place::new();
+    let Some(place) = place(&[]) else { return };
     let folder = place.path();
     let mounted = json(folder, "mount a.vhd disk", 0);
     let socket = PathBuf::from(mounted["control"].as_str().unwrap());
@@ -322,10 +277,7 @@ fn a_snapshot_under_load_splits_what_was_written() {
 
 #[test]
 fn ctl_asks_a_mount_what_it_asks_a_server() {
-    if !possible(&[]) {
-        return;
-    }
-    let place = Place::new();
+    let Some(place) = place(&[]) else { return };
     let folder = place.path();
     let mounted = json(folder, "mount a.vhd disk", 0);
     let socket = mounted["control"].as_str().unwrap();
@@ -358,26 +310,20 @@ fn stop(pid: Pid) {
 
 #[test]
 fn a_stopped_server_is_named_and_can_be_given_up() {
-    if !possible(&[]) {
-        return;
-    }
-    let place = Place::new();
+    let Some(place) = place(&[]) else { return };
     let folder = place.path();
     let mounted = json(folder, "mount a.vhd disk", 0);
     place.write("disk/disk.raw", 0, b"before");
-    stop(Place::pid(&mounted));
+    stop(pid_in(&mounted));
     let began = Instant::now();
     let said = refused(folder, "unmount disk");
-    assert!(
-        said.contains(&format!("kill -CONT {}", Place::pid(&mounted))) && began.elapsed() < Duration::from_secs(60),
-        "{said}"
-    );
-    kill(Place::pid(&mounted), Signal::SIGCONT).unwrap();
+    assert!(said.contains(&format!("kill -CONT {}", pid_in(&mounted))) && began.elapsed() < Duration::from_secs(60), "{said}");
+    kill(pid_in(&mounted), Signal::SIGCONT).unwrap();
     done(folder, "unmount disk");
     assert_eq!(place.in_image("a.vhd", 0, 6), b"before");
 
     let mounted = json(folder, "mount a.vhd disk", 0);
-    stop(Place::pid(&mounted));
+    stop(pid_in(&mounted));
     let hanging = {
         let file = folder.join("disk/disk.raw");
         thread::spawn(move || fs::read(file))
@@ -386,7 +332,7 @@ fn a_stopped_server_is_named_and_can_be_given_up() {
     done(folder, "unmount disk --force");
     hanging.join().unwrap().unwrap_err();
     assert!(names_in(&folder.join("disk")).is_empty());
-    kill(Place::pid(&mounted), Signal::SIGCONT).unwrap();
+    kill(pid_in(&mounted), Signal::SIGCONT).unwrap();
     wait_until_free(folder, "a.vhd");
 }
 
@@ -402,20 +348,15 @@ impl Drop for GoesOn {
 /// `VHD_STOPS` sets how often.
 #[test]
 fn an_unmount_ends_at_whatever_moment_its_server_is_stopped() {
-    if !possible(&["mkfs.ext4"]) {
-        return;
-    }
-    let place = Place::new();
+    let Some(place) = place(&["mkfs.ext4"]) else { return };
     let folder = place.path();
-    done(folder, "mount a.vhd disk");
-    run("mkfs.ext4", &["-q", folder.join("disk/disk.raw").to_str().unwrap()]);
-    done(folder, "unmount disk");
-    let stops = std::env::var("VHD_STOPS").ok().and_then(|text| text.parse().ok()).unwrap_or(6);
+    place.format();
+    let stops = number("VHD_STOPS", 6);
     let mut refusals = 0;
     for round in 0..stops {
         let (how, file) = if round % 2 == 0 { ("", "disk/disk.raw") } else { ("--fs", "disk/file") };
         let mounted = json(folder, &format!("mount {how} a.vhd disk"), 0);
-        let pid = Place::pid(&mounted);
+        let pid = pid_in(&mounted);
         if round % 2 == 1 {
             fs::write(folder.join(file), []).unwrap();
         }
@@ -449,18 +390,13 @@ fn an_unmount_ends_at_whatever_moment_its_server_is_stopped() {
 
 #[test]
 fn a_killed_server_below_a_file_system_leaves_nothing_behind() {
-    if !possible(&["mkfs.ext4", "e2fsck"]) {
-        return;
-    }
-    let place = Place::new();
+    let Some(place) = place(&["mkfs.ext4", "e2fsck"]) else { return };
     let folder = place.path();
-    done(folder, "mount a.vhd disk");
-    run("mkfs.ext4", &["-q", folder.join("disk/disk.raw").to_str().unwrap()]);
-    done(folder, "unmount disk");
+    place.format();
     let mounted = json(folder, "mount --fs a.vhd disk", 0);
     fs::write(folder.join("disk/kept"), noise(1, 100_000)).unwrap();
     run("sync", &["-f", folder.join("disk/kept").to_str().unwrap()]);
-    kill(Place::pid(&mounted), Signal::SIGKILL).unwrap();
+    kill(pid_in(&mounted), Signal::SIGKILL).unwrap();
     wait_until("it is gone", || fs::write(folder.join("disk/lost"), "x").and_then(|()| sync(&folder.join("disk/lost"))).is_err());
     done(folder, "unmount disk");
     assert!(!Path::new(mounted["file"].as_str().unwrap()).parent().unwrap().exists());
@@ -476,17 +412,12 @@ fn sync(path: &Path) -> std::io::Result<()> {
 
 #[test]
 fn a_signal_unmounts_the_file_system_first() {
-    if !possible(&["mkfs.ext4", "e2fsck"]) {
-        return;
-    }
-    let place = Place::new();
+    let Some(place) = place(&["mkfs.ext4", "e2fsck"]) else { return };
     let folder = place.path();
-    done(folder, "mount a.vhd disk");
-    run("mkfs.ext4", &["-q", folder.join("disk/disk.raw").to_str().unwrap()]);
-    done(folder, "unmount disk");
+    place.format();
     let mounted = json(folder, "mount --fs a.vhd disk", 0);
     fs::write(folder.join("disk/unsynced"), noise(1, 3 << 20)).unwrap();
-    kill(Place::pid(&mounted), Signal::SIGTERM).unwrap();
+    kill(pid_in(&mounted), Signal::SIGTERM).unwrap();
     wait_until_free(folder, "a.vhd");
     assert!(names_in(&folder.join("disk")).is_empty());
     done(folder, "mount --fs a.vhd disk");
@@ -496,17 +427,12 @@ fn a_signal_unmounts_the_file_system_first() {
 
 #[test]
 fn a_full_host_is_told_to_who_writes_and_to_who_asks() {
-    if !possible(&[]) {
-        return;
-    }
-    let place = Place::new();
+    let Some(place) = place(&[]) else { return };
     let folder = place.path();
-    let small = folder.join("small");
-    fs::create_dir(&small).unwrap();
-    run("mount", &["-t", "tmpfs", "-o", "size=12M", "none", small.to_str().unwrap()]);
-    let _cleanup = Cleanup(vec![small.clone(), folder.join("disk")]);
-    done(folder, "create small/b.vhd --size 64M");
-    let mounted = json(folder, "mount small/b.vhd disk --low-space 6M", 0);
+    let Some(small) = Volume::new("12M") else { return };
+    let image = small.path().join("b.vhd").display().to_string();
+    done(folder, &format!("create {image} --size 64M"));
+    let mounted = json(folder, &format!("mount {image} disk --low-space 6M"), 0);
     let file = OpenOptions::new().read(true).write(true).open(folder.join("disk/disk.raw")).unwrap();
     file.write_all_at(&noise(1, 4 << 20), 0).unwrap();
     file.sync_all().unwrap();
@@ -522,19 +448,16 @@ fn a_full_host_is_told_to_who_writes_and_to_who_asks() {
     let mut found = vec![0; 4 << 20];
     file.read_exact_at(&mut found, 0).unwrap();
     assert!(found == noise(1, 4 << 20));
-    run("mount", &["-o", "remount,size=80M", small.to_str().unwrap()]);
+    small.remount("size=80M");
     file.write_all_at(&noise(2, 1 << 20), 20 << 20).unwrap();
     drop(file);
     done(folder, "unmount disk");
-    done(folder, "check --deep small/b.vhd");
+    done(folder, &format!("check --deep {image}"));
 }
 
 #[test]
 fn parents_elsewhere_stay_closed_unless_allowed_and_one_that_is_removed_is_read_on() {
-    if !possible(&[]) {
-        return;
-    }
-    let place = Place::new();
+    let Some(place) = place(&[]) else { return };
     let folder = place.path();
     support::vhd_fed(folder, "write a.vhd --offset 0", b"parent");
     fs::create_dir(folder.join("children")).unwrap();

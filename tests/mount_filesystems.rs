@@ -13,6 +13,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use support::mounts::possible;
 use support::{done, noise, project, run, text, vhd};
 use tempfile::TempDir;
 use vhd_testkit::tools::QemuImg;
@@ -93,22 +94,6 @@ fn quietly(program: &str, arguments: &[&str]) {
     let _ = command.args(arguments).env("PATH", support::search_path()).stdout(Stdio::null()).stderr(Stdio::null()).status();
 }
 
-/// False, and said so, where such a test can't be run. In CI it must be possible.
-fn possible() -> bool {
-    let missing = [
-        (!nix::unistd::geteuid().is_root(), "root"),
-        (!Path::new("/dev/fuse").exists(), "/dev/fuse"),
-        (!Path::new("/dev/loop-control").exists(), "/dev/loop-control"),
-    ];
-    let missing: Vec<_> = missing.iter().filter(|(is_missing, _)| *is_missing).map(|(_, what)| *what).collect();
-    if missing.is_empty() {
-        return true;
-    }
-    assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "CI must test file systems: missing {missing:?}");
-    eprintln!("SKIPPED: missing {missing:?}, so NOTHING about file systems on mounted disks is tested");
-    false
-}
-
 /// A tree to copy: this project's own files, and such as it lacks.
 fn tree() -> TempDir {
     let tree = tempfile::tempdir().unwrap();
@@ -140,7 +125,7 @@ fn copy_into(tree: &Path, files: &Path) {
 
 #[test]
 fn ext4_on_a_dynamic_disk() {
-    if !possible() {
+    if !possible(&["mkfs.ext4", "losetup"]) {
         return;
     }
     let (folder, tree) = (tempfile::tempdir().unwrap(), tree());
@@ -172,7 +157,7 @@ fn ext4_on_a_dynamic_disk() {
 
 #[test]
 fn ext4_on_a_child_whose_parent_keeps_every_byte() {
-    if !possible() {
+    if !possible(&["mkfs.ext4", "losetup"]) {
         return;
     }
     let (folder, tree) = (tempfile::tempdir().unwrap(), tree());

@@ -11,7 +11,7 @@ mod support;
 use std::fs;
 use std::process::Command;
 
-use support::mounts::{Cleanup, possible};
+use support::mounts::Place;
 use support::{done, noise, run, text};
 
 /// Random operations on two files: python3, because Rust has no safe way to map a file.
@@ -70,15 +70,10 @@ for buffered, direct in files: os.fsync(buffered)
 
 #[test]
 fn random_operations_find_what_a_plain_file_has() {
-    if !possible(&["python3"]) {
-        return;
-    }
     let steps = std::env::var("VHD_ORACLE_STEPS").unwrap_or_else(|_| "1500".into());
     for (seed, make) in [("1", "create a.vhd --size 24M"), ("2", "create a.vhd --size 24M --block-size 512K"), ("3", "")] {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = folder.path();
-        let _cleanup = Cleanup(vec![folder.join("disk")]);
-        fs::create_dir(folder.join("disk")).unwrap();
+        let Some(place) = Place::new(&["python3"]) else { return };
+        let folder = place.path();
         let plain = folder.join("plain");
         if make.is_empty() {
             done(folder, "create p.vhd --size 24M");
@@ -100,14 +95,8 @@ fn random_operations_find_what_a_plain_file_has() {
 
 #[test]
 fn fio_finds_what_it_wrote_by_every_engine() {
-    if !possible(&["fio"]) {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let folder = folder.path();
-    let _cleanup = Cleanup(vec![folder.join("disk")]);
-    fs::create_dir(folder.join("disk")).unwrap();
-    done(folder, "create a.vhd --size 64M");
+    let Some(place) = Place::with_image(&["fio"], "64M") else { return };
+    let folder = place.path();
     done(folder, "mount a.vhd disk");
     let file = format!("--filename={}", folder.join("disk/disk.raw").display());
     // Parallel writers and readers, each in a part of its own; with maps one, for fio 3.33 finds several wrong on any file.
@@ -134,18 +123,10 @@ fn fio_finds_what_it_wrote_by_every_engine() {
 
 #[test]
 fn stress_ng_verifies_a_file_system_on_it() {
-    if !possible(&["stress-ng", "mkfs.ext4"]) {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let folder = folder.path();
-    let _cleanup = Cleanup(vec![folder.join("disk"), folder.join("files")]);
-    fs::create_dir(folder.join("disk")).unwrap();
+    let Some(place) = Place::with_image(&["stress-ng", "mkfs.ext4"], "512M") else { return };
+    let folder = place.path();
     fs::create_dir(folder.join("files")).unwrap();
-    done(folder, "create a.vhd --size 512M");
-    done(folder, "mount a.vhd disk");
-    run("mkfs.ext4", &["-q", folder.join("disk/disk.raw").to_str().unwrap()]);
-    done(folder, "unmount disk");
+    place.format();
     done(folder, "mount --fs a.vhd files");
     let mut command = Command::new("stress-ng");
     command.args(["--temp-path", folder.join("files").to_str().unwrap(), "--verify", "--timeout", "4", "--hdd", "1"]);
@@ -162,14 +143,8 @@ fn stress_ng_verifies_a_file_system_on_it() {
 
 #[test]
 fn tools_that_copy_disks_copy_all_of_it() {
-    if !possible(&["rsync", "tar", "losetup"]) {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let folder = folder.path();
-    let _cleanup = Cleanup(vec![folder.join("disk")]);
-    fs::create_dir(folder.join("disk")).unwrap();
-    done(folder, "create a.vhd --size 48M");
+    let Some(place) = Place::with_image(&["rsync", "tar", "losetup"], "48M") else { return };
+    let folder = place.path();
     support::vhd_fed(folder, "write a.vhd --offset 7000000", &noise(1, 9_000_000));
     done(folder, "mount a.vhd disk");
     let script = "
@@ -187,6 +162,6 @@ fn tools_that_copy_disks_copy_all_of_it() {
     let output =
         Command::new("sh").args(["-euc", script]).current_dir(folder).env("PATH", support::search_path()).output().unwrap();
     assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
-    support::mounts::wait_until("nobody uses it", || support::vhd(folder, "unmount disk").status.success());
+    support::wait_until("nobody uses it", || support::vhd(folder, "unmount disk").status.success());
     done(folder, "compare a.vhd copy");
 }

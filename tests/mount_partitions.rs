@@ -13,8 +13,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nix::unistd::{Whence, lseek};
-use support::mounts::{Cleanup, possible, wait_until, wait_until_free};
-use support::{done, json, noise, project, refused, run, search_path};
+use support::mounts::{Place, wait_until_free};
+use support::{done, json, noise, project, refused, run, search_path, wait_until};
 use tempfile::TempDir;
 
 /// A tree of this project's files, with some that are large or have odd names.
@@ -49,7 +49,6 @@ fn data_in(path: &str) -> u64 {
 /// Mounts the file system of a partition, copies the tree in, trims, unmounts, and finds all of it again.
 fn use_it(folder: &Path, partition: &str, tree: &Path, by: &str, trims: bool) {
     let files = folder.join("files");
-    let _cleanup = Cleanup(vec![files.clone()]);
     let mounted = |options: &str| {
         let output = support::vhd(folder, &format!("mount {options} --fs a.vhd:{partition} files --json"));
         let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -90,12 +89,10 @@ fn use_it(folder: &Path, partition: &str, tree: &Path, by: &str, trims: bool) {
 /// Makes the file systems in the partitions `parts`, in this order: ext4, xfs, btrfs, squashfs, NTFS, FAT; uses each; and
 /// has each checked.
 fn all_kinds(make_table: impl FnOnce(&str), parts: [&str; 6]) {
-    let (folder, tree) = (tempfile::tempdir().unwrap(), tree());
-    let (folder, tree) = (folder.path(), tree.path());
-    let _cleanup = Cleanup(vec![folder.join("disk")]);
+    let Some(place) = Place::with_image(TOOLS, "800M") else { return };
+    let tree = tree();
+    let (folder, tree) = (place.path(), tree.path());
     fs::create_dir(folder.join("files")).unwrap();
-    fs::create_dir(folder.join("disk")).unwrap();
-    done(folder, "create a.vhd --size 800M");
     done(folder, "mount a.vhd disk");
     make_table(folder.join("disk/disk.raw").to_str().unwrap());
     done(folder, "unmount disk");
@@ -165,18 +162,12 @@ fn fed(program: &str, arguments: &[&str], input: &str) {
 
 #[test]
 fn six_file_systems_in_an_mbr_by_sfdisk_three_of_them_in_logical_partitions() {
-    if !possible(TOOLS) {
-        return;
-    }
     let table = "label: dos\nsize=80M,type=83\nsize=320M,type=83\nsize=128M,type=83\ntype=5\nsize=40M,type=83\nsize=80M,type=7\nsize=64M,type=c\n";
     all_kinds(|disk| fed("sfdisk", &["--quiet", disk], table), ["p1", "p2", "p3", "p5", "p6", "p7"]);
 }
 
 #[test]
 fn six_file_systems_in_a_gpt_by_sgdisk_and_parted_whose_primary_is_lost_in_the_end() {
-    if !possible(TOOLS) {
-        return;
-    }
     let make = |disk: &str| {
         run("sgdisk", &["-n1:0:+80M", "-n2:0:+320M", "-n3:0:+128M", "-n9:0:+40M", disk]);
         run("parted", &["-s", disk, "mkpart", "windows", "ntfs", "600MiB", "680MiB"]);
@@ -189,14 +180,8 @@ fn six_file_systems_in_a_gpt_by_sgdisk_and_parted_whose_primary_is_lost_in_the_e
 
 #[test]
 fn a_bad_table_is_told_in_a_file_and_what_is_good_of_it_is_shown() {
-    if !possible(&["sfdisk"]) {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let folder = folder.path();
-    let _cleanup = Cleanup(vec![folder.join("disk")]);
-    fs::create_dir(folder.join("disk")).unwrap();
-    done(folder, "create a.vhd --size 64M");
+    let Some(place) = Place::with_image(&["sfdisk"], "64M") else { return };
+    let folder = place.path();
     // Two partitions that overlap, one beyond the end, and logical ones that lead back to themselves.
     let mut sector = vec![0; 512];
     let entries: [(u8, u32, u32); 4] =
@@ -259,13 +244,8 @@ with open(name, "r+b") as disk:
 
 #[test]
 fn lies_in_a_gpt_are_told_in_a_file_and_what_is_good_of_it_is_shown() {
-    if !possible(&["sgdisk", "python3"]) {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let folder = folder.path();
-    let _cleanup = Cleanup(vec![folder.join("disk")]);
-    fs::create_dir(folder.join("disk")).unwrap();
+    let Some(place) = Place::new(&["sgdisk", "python3"]) else { return };
+    let folder = place.path();
     let raw = folder.join("raw");
     let file = raw.to_str().unwrap();
     let both: &[&str] = &["p1", "p2"];

@@ -10,8 +10,8 @@ mod support;
 
 use std::fs;
 
-use support::mounts::{User, possible, wait_until};
-use support::text;
+use support::mounts::{User, possible};
+use support::{text, wait_until};
 
 /// What every test here needs.
 const TOOLS: &[&str] = &["fusermount3", "setpriv", "fuse2fs", "mkfs.ext4", "e2fsck", "fusefat", "mkfs.vfat", "ntfs-3g", "mkntfs"];

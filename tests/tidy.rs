@@ -6,6 +6,7 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -168,10 +169,78 @@ fn what_is_referred_to_exists() {
     assert_none(dead);
 }
 
+/// All files, and the folders that they are in.
+fn all_paths() -> Vec<PathBuf> {
+    let files = files_below(project(), &[""]);
+    let below = files.iter().flat_map(|file| file.ancestors()).filter_map(|path| path.strip_prefix(project()).ok());
+    let paths: BTreeSet<_> = below.filter(|path| *path != Path::new("")).map(Path::to_owned).collect();
+    paths.into_iter().collect()
+}
+
+/// What a text has between backticks.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)).filter(|name| !name.is_empty())
+}
+
+/// Whether this is meant to be a file or a folder of the project: `vmm/guest`, `format/locator.rs`.
+fn is_own_path(name: &str) -> bool {
+    let is_path = name.chars().all(|c| c.is_ascii_alphanumeric() || "/-_.*".contains(c)) && !name.starts_with('/');
+    // What a run makes is not there before.
+    let is_made = name.contains("TARGET") || name.starts_with("target/");
+    let begins = name.split_once('/').is_some_and(|(first, _)| project().join(first).is_dir());
+    is_path && !is_made && (begins || name.ends_with(".rs"))
+}
+
+/// Whether a path ends with what it is called; a `*` in its last part stands for anything.
+fn is_called(path: &Path, name: &str) -> bool {
+    let name = Path::new(name.trim_end_matches('/'));
+    let last = name.file_name().unwrap_or_default().to_string_lossy();
+    let Some((begin, end)) = last.split_once('*') else { return path.ends_with(name) };
+    let (folder, found) = (path.parent().unwrap_or(path), path.file_name().unwrap_or_default().to_string_lossy());
+    let rest = found.strip_prefix(begin).and_then(|rest| rest.strip_suffix(end));
+    rest.is_some() && folder.ends_with(name.parent().unwrap_or(Path::new("")))
+}
+
+#[test]
+fn paths_that_texts_name_exist() {
+    let paths = all_paths();
+    let mut dead = Vec::new();
+    for (path, text) in texts(&[".rs", ".md"]) {
+        let names = quoted(&text).filter(|name| is_own_path(name) && !project().join(name).exists());
+        let missing = names.filter(|name| !paths.iter().any(|path| is_called(path, name)));
+        dead.extend(missing.map(|name| format!("{}: {name}", path.display())));
+    }
+    assert_none(dead);
+}
+
+/// The test programs, as `tests/cli` or `vhd-core/tests/loom.rs`.
+fn test_programs() -> Vec<PathBuf> {
+    let of = |path: PathBuf| match path.file_name()?.to_str()? {
+        "main.rs" => Some(path.parent()?.to_owned()),
+        name => name.ends_with(".rs").then_some(path),
+    };
+    let programs = all_paths().into_iter().filter_map(of);
+    programs.filter(|path| path.parent().is_some_and(|folder| folder.ends_with("tests"))).collect()
+}
+
+#[test]
+fn every_test_program_is_on_the_page_of_tests() {
+    let page = fs::read_to_string(project().join("docs/testing.md")).unwrap();
+    let programs = test_programs();
+    assert!(programs.iter().any(|path| path == Path::new("tests/cli")) && programs.len() > 50, "{programs:?}");
+    let is_told = |path: &Path| quoted(&page).any(|name| is_called(path, name) || is_called(&path.with_extension(""), name));
+    let untold = programs.iter().filter(|path| !is_told(path));
+    assert_none(untold.map(|path| format!("docs/testing.md does not name {}", path.display())).collect());
+}
+
 #[test]
 fn the_counters_count() {
     assert!(begins_function("    pub(crate) async fn x() {") && begins_function("fn x() {") && !begins_function("// fn x"));
     assert_eq!(without_tests("code\n#[cfg(test)]\nmod tests {\n}"), "code\n");
     assert_eq!(links("[a](b.md#c) [d](https://e) [f](#g)"), ["b.md"]);
+    assert_eq!(quoted("`a` b `c`\n```sh\n").collect::<Vec<_>>(), ["a", "c", "sh"]);
+    assert!(is_own_path("vmm/guest") && is_own_path("image/write.rs") && !is_own_path("nbd/x") && !is_own_path("a b.rs"));
+    let path = Path::new("vhd-core/tests/bad_hosts.rs");
+    assert!(is_called(path, "tests/bad_hosts.rs") && is_called(path, "vhd-core/tests/bad_*.rs") && !is_called(path, "hosts.rs"));
     assert_eq!(named_documents("see docs/format.md, or docs/."), ["docs/format.md"]);
 }

@@ -6,7 +6,7 @@ use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 use vhd_core::Error;
 
-use crate::output::Answer;
+use crate::output::{Answer, output_error};
 
 /// Arguments of `vhd completions`.
 #[derive(Debug, Args)]
@@ -19,7 +19,7 @@ impl CompletionsArgs {
     pub fn run(&self) -> Result<Answer, Error> {
         let mut script = Vec::new();
         clap_complete::generate(self.shell, &mut crate::Cli::command(), "vhd", &mut script);
-        std::io::stdout().write_all(&script).map_err(|error| Error::io(error, "output can't be written"))?;
+        std::io::stdout().write_all(&script).map_err(output_error)?;
         Ok(Answer::Yes)
     }
 }

@@ -6,11 +6,11 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use uuid::Uuid;
 use vhd_core::chain::{ChildOptions, create_child, create_link};
-use vhd_core::format::{Creator, DEFAULT_BLOCK_SIZE, IDE_LIMIT, Timestamp};
+use vhd_core::format::{Creator, DEFAULT_BLOCK_SIZE, Timestamp};
 use vhd_core::image::{CreateOptions, NewKind, create_file};
 use vhd_core::{Error, ErrorKind};
 
-use super::ChainArgs;
+use super::{ChainArgs, too_large_for_ide};
 use crate::output::{Answer, Context, ShownPath};
 use crate::sizes;
 
@@ -114,9 +114,7 @@ impl CreateArgs {
             (None, None) => create_file(&self.image, &self.new_options(uuid)?, self.overwrite),
         }
         .map_err(|error| error.at(&self.image))?;
-        if created.size > IDE_LIMIT {
-            created.notes.push("larger than 127 GiB: too large for an IDE controller of Virtual PC or Virtual Server".into());
-        }
+        created.notes.extend(too_large_for_ide(created.size));
         for note in &created.notes {
             context.note(&format!("{}: {note}", self.image.display()));
         }

@@ -9,10 +9,10 @@ use serde::Serialize;
 use uuid::Uuid;
 use vhd_core::Error;
 use vhd_core::chain::{Chain, Layer, LinkedDisk, read_locators};
-use vhd_core::format::{DiskType, IDE_LIMIT};
+use vhd_core::format::DiskType;
 use vhd_core::image::Image;
 
-use super::ChainArgs;
+use super::{ChainArgs, too_large_for_ide};
 use crate::output::{Answer, Context, ShownPath, output_error};
 use crate::sizes;
 
@@ -127,10 +127,7 @@ impl<'a> Info<'a> {
         let storage = image.storage();
         let host = |error| Error::io(error, "can't be examined").at(image.path());
         let sparse = image.header().is_some();
-        let mut warnings: Vec<_> = image.warnings().iter().cloned().chain(problem).collect();
-        if image.size() > IDE_LIMIT {
-            warnings.push("larger than 127 GiB: too large for an IDE controller of Virtual PC or Virtual Server".into());
-        }
+        let warnings = image.warnings().iter().cloned().chain(problem).chain(too_large_for_ide(image.size())).collect();
         let linked = LinkedDisk::of(image)?;
         let (geometry, creator) = (footer.geometry(), footer.creator());
         let created = jiff::Timestamp::try_from(footer.timestamp().to_system_time());

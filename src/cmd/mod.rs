@@ -1,4 +1,5 @@
-//! The commands, one file each: its arguments, what it does, its text and its JSON.
+//! The commands, one file each: its arguments, what it does, its text and its JSON. `machine` is what `run` and `vm` share,
+//! `service` what `serve` and `mount` do.
 
 mod bench;
 mod check;
@@ -20,6 +21,7 @@ mod reparent;
 mod resize;
 mod run;
 mod serve;
+mod service;
 mod undo;
 mod unmount;
 mod vm;
@@ -30,6 +32,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 use vhd_core::Error;
 use vhd_core::chain::{ChainOptions, ParentPolicy};
+use vhd_core::format::IDE_LIMIT;
 use vhd_core::image::{OpenOptions, SizePolicy};
 
 pub use mount::helper::{Helped, translate as mount_helper};
@@ -113,6 +116,12 @@ impl Command {
             Self::Completions(args) => args.run(),
         }
     }
+}
+
+/// What is to be said of a disk of this size.
+fn too_large_for_ide(size: u64) -> Option<String> {
+    let note = "larger than 127 GiB: too large for an IDE controller of Virtual PC or Virtual Server";
+    (size > IDE_LIMIT).then(|| note.to_owned())
 }
 
 /// Options of every command that opens a chain.

@@ -14,9 +14,9 @@ use vhd_service::control::{self, Control};
 use vhd_service::events::Events;
 use vhd_service::metrics::{self, Metrics};
 use vhd_service::runtime;
-use vhd_service::space::{Change, Watch};
 
 use super::ChainArgs;
+use super::service::{name_of, watch};
 use crate::output::{Answer, Context, ShownPath};
 use crate::sizes;
 
@@ -109,11 +109,6 @@ fn parse_listen(text: &str) -> Result<Listen, String> {
         None if text == "systemd" => Ok(Listen::Activated),
         _ => Err("expected unix:PATH, tcp:HOST:PORT, stdio or systemd".to_owned()),
     }
-}
-
-/// The name of an image's export, where the user gave none.
-fn name_of(image: &Path) -> String {
-    image.file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 impl ServeArgs {
@@ -236,18 +231,6 @@ fn in_runtime_folder(name: &str, extension: &str) -> Result<PathBuf, Error> {
     let path = folder.join(format!("{name}.{extension}"));
     let taken = std::os::unix::net::UnixStream::connect(&path).is_ok();
     Ok(if taken { folder.join(format!("{name}-{}.{extension}", std::process::id())) } else { path })
-}
-
-fn watch(low: u64, events: &Events) -> Result<Watch, Error> {
-    let events = events.clone();
-    Watch::start(low, move |path, change, space| {
-        let subject = path.to_string_lossy();
-        let room = sizes::show(space.free);
-        match change {
-            Change::Low => events.warn("low-space", subject, format!("its volume has {room} left; writes fail when it is full")),
-            Change::Back => events.note("space-back", subject, format!("its volume has {room} again")),
-        }
-    })
 }
 
 /// A file that names this process while it exists.

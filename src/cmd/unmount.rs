@@ -12,6 +12,7 @@ use vhd_core::chain::{Chain, UndoSession};
 use vhd_core::ops::undo;
 use vhd_core::{Error, ErrorKind};
 use vhd_fuse::{Server, Told};
+use vhd_service::control;
 
 use super::{ChainArgs, mount};
 use crate::output::{Answer, Context, ShownPath};
@@ -62,6 +63,8 @@ impl UnmountArgs {
         } else {
             self.watch_worker(&image)?;
         }
+        // A server that was killed leaves its socket in the runtime folder; to list those that live removes it.
+        let _ = control::sockets();
         if ends_session {
             self.end_session(&image, context)?;
         }

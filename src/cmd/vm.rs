@@ -5,6 +5,7 @@ use std::path::Path;
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
+use vhd_core::storage::FileStorage;
 use vhd_core::{Error, ErrorKind};
 use vhd_service::control::{Request, call};
 use vhd_vmm::config::{Config, ConfigFile, configured, file_of, name_of};
@@ -125,7 +126,8 @@ impl CreateArgs {
         let mut config = Config::default();
         self.machine.apply(&mut config)?;
         for disk in &config.disks {
-            disk.image.metadata().map_err(|error| Error::io(error, "can't be a disk").at(&disk.image))?;
+            // It may be in use, but must be something that can be opened.
+            drop(FileStorage::open(&disk.image, false)?);
         }
         if let Some(folder) = path.parent().filter(|_| !self.name.contains('/') && Path::new(&self.name) != path) {
             std::fs::create_dir_all(folder).map_err(|error| Error::io(error, "can't be made for configurations").at(folder))?;
@@ -168,6 +170,10 @@ impl StateArgs {
         Ok(plan)
     }
 
+    fn run_of<'a>(&'a self, plan: &'a Plan) -> Run<'a> {
+        Run { plan, open: &self.open, force: self.force, no_sandbox: self.no_sandbox }
+    }
+
     fn restore(&self, context: &Context) -> Result<Answer, Error> {
         // One that has a process knows by itself what can be done with it.
         if let Some(answer) = ask_if_running(&self.name, "restore") {
@@ -179,7 +185,7 @@ impl StateArgs {
         if !file.exists() {
             return Err(Error::new(ErrorKind::NotFound, "there is no saved state to go on from; vhd run begins anew").at(&file));
         }
-        Run { plan: &plan, open: &self.open, force: self.force, no_sandbox: self.no_sandbox }.run(context)
+        self.run_of(&plan).run(context)
     }
 
     fn discard(&self, context: &Context) -> Result<Answer, Error> {
@@ -188,7 +194,7 @@ impl StateArgs {
             return Ok(Answer::Yes);
         }
         let plan = self.plan(context)?;
-        Run { plan: &plan, open: &self.open, force: self.force, no_sandbox: self.no_sandbox }.discard_state(context)?;
+        self.run_of(&plan).discard_state(context)?;
         context.print("", &json!({ "state": "off" }))?;
         Ok(Answer::Yes)
     }
@@ -211,10 +217,12 @@ fn name_of_machine(machine: &str) -> String {
 }
 
 fn ask(machine: &str, command: &str) -> Result<Value, Error> {
-    ask_if_running(machine, command).unwrap_or_else(|| {
-        let message = "no machine of this name has a process; vhd vm list tells those that do";
-        Err(Error::new(ErrorKind::NotFound, message).at(Path::new(machine)))
-    })
+    ask_if_running(machine, command).unwrap_or_else(|| Err(has_no_process(machine)))
+}
+
+fn has_no_process(machine: &str) -> Error {
+    let message = "no machine of this name has a process; vhd vm list tells those that do";
+    Error::new(ErrorKind::NotFound, message).at(Path::new(machine))
 }
 
 /// Success is silent to people.
@@ -228,7 +236,7 @@ fn show(context: &Context, machine: &str) -> Result<Answer, Error> {
     let found = match ask_if_running(machine, "show") {
         Some(found) => found?,
         None if file_of(machine)?.exists() => describe(&Plan::of(machine, context)?),
-        None => return Err(ask(machine, "show").err().unwrap_or_else(|| Error::new(ErrorKind::NotFound, "is gone"))),
+        None => return Err(has_no_process(machine)),
     };
     context.print(&text_of(&found), &found)?;
     Ok(Answer::Yes)

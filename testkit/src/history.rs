@@ -22,16 +22,17 @@ struct Version {
 /// The calls of a client, with the journal positions at which they began and ended.
 #[derive(Clone, Debug, Default)]
 pub struct History {
-    /// What each sector held before; zeros where nothing is said.
-    initial: BTreeMap<u64, [u8; 512]>,
+    /// What the disk held before; zeros where nothing is said.
+    initial: Vec<u8>,
     versions: BTreeMap<u64, Vec<Version>>,
     flushes: Vec<Span>,
 }
 
 impl History {
-    /// Says what a sector held before the first call.
-    pub fn set_initial(&mut self, lba: u64, content: [u8; 512]) {
-        self.initial.insert(lba, content);
+    /// Of a disk that held this before the first call.
+    #[must_use]
+    pub fn of(content: &[u8]) -> Self {
+        Self { initial: content.to_vec(), ..Self::default() }
     }
 
     /// A call that changed a sector: the journal positions of its beginning and, if it was answered, its end.
@@ -57,6 +58,14 @@ impl History {
         Err(format!("sector {lba} holds {}, permitted: {}", crate::tagged::describe(found), names.join(" | ")))
     }
 
+    /// As [`History::judge`] for all of a disk.
+    ///
+    /// # Errors
+    /// The first sector that is wrong.
+    pub fn judge_disk(&self, found: &[u8], cut: usize) -> Result<(), String> {
+        (0..).zip(found.as_chunks::<512>().0).try_for_each(|(lba, sector)| self.judge(lba, sector, cut))
+    }
+
     fn permitted(&self, lba: u64, cut: usize) -> Vec<&[u8; 512]> {
         const ZERO: [u8; 512] = [0; 512];
         let versions = self.versions.get(&lba).map_or(&[][..], Vec::as_slice);
@@ -76,7 +85,7 @@ impl History {
             .map(|version| &version.content)
             .collect();
         if last_durable_begin.is_none() {
-            permitted.push(self.initial.get(&lba).unwrap_or(&ZERO));
+            permitted.push(self.initial.as_chunks().0.get(lba as usize).unwrap_or(&ZERO));
         }
         permitted
     }
@@ -85,6 +94,17 @@ impl History {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_disk_held_is_permitted_until_a_flush_and_nothing_else_is() {
+        let before = [[1; 512], [2; 512]].concat();
+        let mut history = History::of(&before);
+        assert!(history.judge_disk(&before, 0).is_ok());
+        assert!(history.judge_disk(&[[1; 512], [3; 512]].concat(), 0).is_err());
+        history.wrote(1, [3; 512], 0, Some(1));
+        history.flushed(2, Some(3));
+        assert!(history.judge_disk(&before, 3).is_ok() && history.judge_disk(&before, 4).is_err());
+    }
 
     #[test]
     fn flushed_writes_stay_and_later_ones_may() {

@@ -67,9 +67,7 @@ fn judge_reading(setup: &Setup, state: &CrashState, history: &History) -> Result
     let disk =
         open(Arc::clone(&storage) as _, setup, &OpenOptions::default()).map_err(|error| format!("does not open: {error}"))?;
     let found = read_all(&disk).map_err(|error| format!("can't be read: {error}"))?;
-    for lba in 0..disk.size() / SECTOR as u64 {
-        history.judge(lba, &sector(&found, lba), state.cut)?;
-    }
+    history.judge_disk(&found, state.cut)?;
     judge_check(setup, &storage)?;
     Ok(found)
 }
@@ -92,7 +90,6 @@ fn judge_check(setup: &Setup, storage: &MemoryStorage) -> Result<(), String> {
 fn judge_recovery(setup: &Setup, state: &CrashState, found: &[u8], seed: u64, crash_again: bool) -> Result<usize, String> {
     let journal = Journal::new();
     let storage = Arc::new(RecordingStorage::new(state.files[0].clone(), 0, &journal));
-    let mut history = History::default();
     let disk =
         open(Arc::clone(&storage) as _, setup, &writable()).map_err(|error| format!("does not open for writing: {error}"))?;
     let same = |what: &str, now: &[u8], expected: &[u8]| match (0..(expected.len() / SECTOR) as u64)
@@ -107,7 +104,7 @@ fn judge_recovery(setup: &Setup, state: &CrashState, found: &[u8], seed: u64, cr
     };
     same("opened for writing", &read_all(&disk).map_err(|error| error.to_string())?, found)?;
     let sectors = (found.len() / SECTOR) as u64;
-    (0..sectors).for_each(|lba| history.set_initial(lba, sector(found, lba)));
+    let mut history = History::of(found);
     let mut random = Random::new(seed);
     let mut expected = found.to_vec();
     for write in 0..5 {

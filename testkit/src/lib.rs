@@ -13,6 +13,7 @@
 //! - [`fuzz`] is what the fuzz targets do with their bytes.
 //! - [`rings`] is the driver's side of a virtio queue.
 //! - [`tools`] runs qemu-img, qemu-io and vhdimount.
+//! - [`machine`] says whether there is KVM, and builds the test guest; [`volume`] makes volumes that are soon full.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot make its own input has nothing better to do than panic")]
 
@@ -24,6 +25,7 @@ pub mod folder;
 pub mod fuzz;
 pub mod history;
 pub mod judge;
+pub mod machine;
 pub mod model;
 pub mod record;
 pub mod reference;
@@ -31,3 +33,4 @@ pub mod rings;
 pub mod session;
 pub mod tagged;
 pub mod tools;
+pub mod volume;

@@ -127,13 +127,9 @@ pub fn sector(bytes: &[u8], lba: u64) -> [u8; SECTOR] {
 pub fn run(setup: &Setup, script: &[Step], journal: &Journal, image_id: u32) -> Run {
     let storage = Arc::new(RecordingStorage::new(setup.image.clone(), 0, journal));
     let mut disk = open(Arc::clone(&storage) as _, setup, &writable()).unwrap();
-    let mut history = History::default();
-    let mut live: BTreeMap<u64, [u8; SECTOR]> = BTreeMap::new();
     let before = read_all(&disk).unwrap();
-    for lba in 0..disk.size() / SECTOR as u64 {
-        history.set_initial(lba, sector(&before, lba));
-        live.insert(lba, sector(&before, lba));
-    }
+    let mut history = History::of(&before);
+    let mut live: BTreeMap<u64, [u8; SECTOR]> = (0..disk.size() / SECTOR as u64).map(|lba| (lba, sector(&before, lba))).collect();
     for (number, step) in script.iter().enumerate() {
         let changes = changes_of(step, number as u64 + 1, image_id, &live);
         let begun = journal.mark(number as u64);
@@ -179,9 +175,7 @@ pub fn run_killed(setup: &Setup, journal: &Journal) -> Run {
     let storage = Arc::new(RecordingStorage::new(setup.image.clone(), 0, journal));
     let disk = open(Arc::clone(&storage) as _, setup, &writable()).unwrap();
     let sectors = disk.size() / SECTOR as u64;
-    let mut history = History::default();
-    let before = read_all(&disk).unwrap();
-    (0..sectors).for_each(|lba| history.set_initial(lba, sector(&before, lba)));
+    let mut history = History::of(&read_all(&disk).unwrap());
     let write = |disk: &Disk, history: &mut History, lba: u64, number: u64| {
         let content = Tag { image: 1, lba, write: number }.sector();
         let begun = journal.mark(number);

@@ -7,11 +7,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::Duration;
 
-use super::machines::{Running, guest, kvm, pattern, said, vhd, wait};
-use crate::support::{done, noise, text};
+use vhd_testkit::machine;
+use vhd_testkit::volume::Volume;
+
+use super::machines::{Running, folder_with_guest, pattern, put_guest, said, shown, vhd};
+use crate::support::{done, noise, number, text, wait_until};
 
 /// A machine with the test guest in the background, and what it has said.
 struct Machine(Running, tempfile::NamedTempFile);
@@ -31,7 +34,7 @@ impl Machine {
     }
 
     fn wait_for(&self, what: &str, times: usize) {
-        wait(what, || self.log().matches(what).count() >= times);
+        wait_until(what, || self.log().matches(what).count() >= times);
     }
 
     /// Waits for its end, which is a good one. Returns what it said.
@@ -56,12 +59,8 @@ fn fences(process: &Child) -> BTreeMap<String, (u32, u32)> {
 
 #[test]
 fn every_thread_of_a_machine_is_fenced_in() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = folder_with_guest() else { return };
     let folder = folder.path();
-    guest(folder);
     for (sandboxed, disk) in [(true, "one.vhd"), (false, "other.vhd")] {
         done(folder, &format!("create {disk} --size 16M"));
         let mut options = vec!["--disk", disk, "--name", "fenced", "--cpus", "2", "--queues", "2"];
@@ -87,12 +86,9 @@ fn every_thread_of_a_machine_is_fenced_in() {
 
 #[test]
 fn the_sandbox_is_in_nobodys_way() {
-    if !kvm() {
-        return;
-    }
-    let (folder, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let Some(folder) = folder_with_guest() else { return };
     let folder = folder.path();
-    guest(folder);
+    let elsewhere = tempfile::tempdir().unwrap();
     // The script writes where the machine may not.
     let told = elsewhere.path().join("told");
     let script = elsewhere.path().join("script");
@@ -120,14 +116,9 @@ fn the_sandbox_is_in_nobodys_way() {
 
 #[test]
 fn a_machine_that_is_killed_at_any_moment_loses_nothing_that_its_guest_flushed() {
-    if !kvm() {
-        return;
-    }
-    let number = |name: &str, usual| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(usual);
-    let (kills, seed) = (number("VHD_KILLS", 6_u64), number("VHD_KILL_SEED", 1));
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = folder_with_guest() else { return };
     let folder = folder.path();
-    guest(folder);
+    let (kills, seed) = (number("VHD_KILLS", 6), number("VHD_KILL_SEED", 1));
     done(folder, "create base.vhd --size 64M");
     let base = fs::read(folder.join("base.vhd")).unwrap();
     let mut lost_work = 0;
@@ -157,41 +148,24 @@ fn a_machine_that_is_killed_at_any_moment_loses_nothing_that_its_guest_flushed()
     assert!(lost_work > 0, "no machine was killed at its work");
 }
 
-/// A small volume, unmounted at the end.
-struct Volume(tempfile::TempDir);
-
-impl Volume {
-    fn new() -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=24M", "vhd-test"]).arg(folder.path()).status();
-        let mounted = mounted.is_ok_and(|status| status.success());
-        assert!(mounted || std::env::var("CI").as_deref() != Ok("true"), "CI must mount a tmpfs");
-        if !mounted {
-            eprintln!("SKIPPED: a tmpfs can't be mounted");
-        }
-        mounted.then_some(Self(folder))
-    }
-}
-
-impl Drop for Volume {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0.path()).stderr(Stdio::null()).status();
-    }
+/// A volume with the test guest and a disk that it does not have enough room for.
+fn almost_full() -> Option<Volume> {
+    let volume = machine::kvm().then(|| Volume::new("24M"))??;
+    put_guest(volume.path());
+    done(volume.path(), "create disk.vhd --size 64M");
+    fs::write(volume.path().join("filling"), vec![1; 16 << 20]).unwrap();
+    Some(volume)
 }
 
 #[test]
 fn a_machine_on_a_full_volume_pauses_says_why_and_goes_on_when_there_is_room() {
-    let (true, Some(volume)) = (kvm(), Volume::new()) else { return };
-    let folder = volume.0.path();
-    guest(folder);
-    done(folder, "create disk.vhd --size 64M");
-    fs::write(folder.join("filling"), vec![1; 16 << 20]).unwrap();
+    let Some(volume) = almost_full() else { return };
+    let folder = volume.path();
     let options = ["--disk", "disk.vhd", "--name", "full", "--low-space", "0"];
     let machine = Machine::start(folder, "do=fill sectors=24576", &options);
-    let shown =
-        || -> serde_json::Value { serde_json::from_str(&said(vhd(folder).args(["vm", "show", "full", "--json"]))).unwrap() };
+    let shown = || shown(folder, "full");
     machine.wait_for("flushed 8\n", 1);
-    wait("a pause", || shown()["state"] == "paused");
+    wait_until("a pause", || shown()["state"] == "paused");
     let reason = shown()["reason"].as_str().unwrap().to_owned();
     assert!(reason.starts_with("no space: ") && reason.contains("disk.vhd"), "{reason}");
     fs::remove_file(folder.join("filling")).unwrap();
@@ -202,11 +176,8 @@ fn a_machine_on_a_full_volume_pauses_says_why_and_goes_on_when_there_is_room() {
 
 #[test]
 fn a_guest_that_is_to_be_told_of_a_full_volume_sees_errors() {
-    let (true, Some(volume)) = (kvm(), Volume::new()) else { return };
-    let folder = volume.0.path();
-    guest(folder);
-    done(folder, "create disk.vhd --size 64M");
-    fs::write(folder.join("filling"), vec![1; 16 << 20]).unwrap();
+    let Some(volume) = almost_full() else { return };
+    let folder = volume.path();
     let options = ["--disk", "disk.vhd", "--name", "told", "--low-space", "0", "--on-no-space", "report"];
     let told = Machine::start(folder, "do=fill sectors=24576", &options).end();
     assert!(told.contains("filled 24576, ") && !told.contains(", 0 failed"), "{told}");

@@ -3,31 +3,23 @@
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::support::{done, project, text};
+use tempfile::TempDir;
+use vhd_testkit::machine;
 
-/// Nothing takes longer, even on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(120);
+use crate::support::{PATIENCE, done, text, wait_until};
 
-pub fn kvm() -> bool {
-    let found = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
-    assert!(found || std::env::var("CI").as_deref() != Ok("true"), "CI must have /dev/kvm");
-    found
+/// Puts the test guest into a folder.
+pub fn put_guest(folder: &Path) {
+    std::fs::copy(machine::guest(Path::new(env!("CARGO_TARGET_TMPDIR"))), folder.join("guest")).unwrap();
 }
 
-/// The test guest, built into a folder.
-pub fn guest(folder: &Path) -> PathBuf {
-    let built = folder.join("guest");
-    let link = "link-args=-nostartfiles -nostdlib -static -no-pie -Wl,--image-base=0x200000,-e,_start,--build-id=none";
-    let status = Command::new("rustc")
-        .args(["--edition", "2024", "--crate-type", "bin", "-C", "panic=abort", "-C", "opt-level=2"])
-        .args(["-C", "relocation-model=static", "-C", link, "-o"])
-        .arg(&built)
-        .arg(project().join("vmm/guest/main.rs"))
-        .status();
-    assert!(status.unwrap().success());
-    built
+/// A folder with the test guest; `None` where no machine can run.
+pub fn folder_with_guest() -> Option<TempDir> {
+    let folder = machine::kvm().then(|| tempfile::tempdir().unwrap())?;
+    put_guest(folder.path());
+    Some(folder)
 }
 
 /// A machine in the background, killed at the end.
@@ -52,22 +44,15 @@ pub fn said(command: &mut Command) -> String {
     text(&output.stdout)
 }
 
-pub fn wait(what: &str, mut done: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !done() {
-        assert!(begin.elapsed() < PATIENCE, "{what} did not happen");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+/// What a machine is.
+pub fn shown(folder: &Path, name: &str) -> serde_json::Value {
+    serde_json::from_str(&said(vhd(folder).args(["vm", "show", name, "--json"]))).unwrap()
 }
 
 #[test]
 fn undo_keeps_a_run_apart_until_it_is_committed() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = folder_with_guest() else { return };
     let folder = folder.path();
-    guest(folder);
     for disk in ["a.vhd", "b.vhd"] {
         done(folder, &format!("create {disk} --size 16M"));
     }
@@ -97,22 +82,18 @@ fn undo_keeps_a_run_apart_until_it_is_committed() {
 
 #[test]
 fn a_running_machine_is_listed_shown_paused_and_ended() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = folder_with_guest() else { return };
     let folder = folder.path();
-    guest(folder);
     done(folder, "create disk.vhd --size 16M");
     let mut command = vhd(folder);
     command.args(["run", "--kernel", "guest", "--append", "do=spin", "--memory", "16M", "--disk", "disk.vhd", "--name", "one"]);
     let mut machine = Running(command.stdout(Stdio::null()).spawn().unwrap());
-    wait("a machine in the list", || said(vhd(folder).args(["vm", "list"])) == "one                  running\n");
+    wait_until("a machine in the list", || said(vhd(folder).args(["vm", "list"])) == "one                  running\n");
     said(vhd(folder).args(["vm", "pause", "one"]));
     let again = vhd(folder).args(["vm", "pause", "one"]).output().unwrap();
     let message = "vhd: one: is paused (as asked), so it can't pause; now it can: resume, reset, off, save\n";
     assert_eq!((again.status.code(), text(&again.stderr).as_str()), (Some(2), message));
-    let shown: serde_json::Value = serde_json::from_str(&said(vhd(folder).args(["vm", "show", "one", "--json"]))).unwrap();
+    let shown = shown(folder, "one");
     assert_eq!((shown["state"].as_str(), shown["disks"][0]["image"].as_str()), (Some("paused"), Some("disk.vhd")));
     assert_eq!(said(vhd(folder).args(["vm", "snapshot", "one"])), "disk-1.vhd\n");
     said(vhd(folder).args(["vm", "off", "one"]));
@@ -145,7 +126,7 @@ fn refused(command: &mut Command) -> String {
 fn save_after(command: &mut Command, folder: &Path, name: &str, what: &str, times: usize, told: &mut String) {
     let log = folder.join("log");
     let mut machine = Running(command.stdout(std::fs::File::create(&log).unwrap()).spawn().unwrap());
-    wait(what, || std::fs::read_to_string(&log).unwrap().matches(what).count() >= times);
+    wait_until(what, || std::fs::read_to_string(&log).unwrap().matches(what).count() >= times);
     said(vhd(folder).args(["vm", "save", name]));
     assert!(machine.0.wait().unwrap().success());
     *told += &std::fs::read_to_string(&log).unwrap();
@@ -159,12 +140,8 @@ fn run_disk(folder: &Path, line: &str) -> Command {
 
 #[test]
 fn a_machine_that_is_saved_again_and_again_in_the_middle_of_io_goes_on_in_each_new_process() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = folder_with_guest() else { return };
     let folder = folder.path();
-    guest(folder);
     done(folder, "create disk.vhd --size 64M");
     let run = || run_disk(folder, "do=fill sectors=16384");
     let mut told = String::new();
@@ -191,12 +168,8 @@ fn a_machine_that_is_saved_again_and_again_in_the_middle_of_io_goes_on_in_each_n
 
 #[test]
 fn a_monitor_killed_while_it_saves_leaves_a_guest_that_goes_on_or_a_disk_that_is_free() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = folder_with_guest() else { return };
     let folder = folder.path();
-    guest(folder);
     let (mut saved, mut lost) = (0, 0);
     for round in 0..8_u64 {
         let _ = std::fs::remove_file(folder.join("disk.vhd"));
@@ -204,7 +177,7 @@ fn a_monitor_killed_while_it_saves_leaves_a_guest_that_goes_on_or_a_disk_that_is
         let log = folder.join("log");
         let mut command = run_disk(folder, "do=fill sectors=2048");
         let mut machine = Running(command.stdout(std::fs::File::create(&log).unwrap()).spawn().unwrap());
-        wait("a flush", || std::fs::read_to_string(&log).unwrap().contains("flushed"));
+        wait_until("a flush", || std::fs::read_to_string(&log).unwrap().contains("flushed"));
         let mut save = vhd(folder).args(["vm", "save", "disk"]).stderr(Stdio::null()).spawn().unwrap();
         std::thread::sleep(Duration::from_millis(round * 6));
         machine.0.kill().unwrap();
@@ -235,37 +208,29 @@ fn a_monitor_killed_while_it_saves_leaves_a_guest_that_goes_on_or_a_disk_that_is
 
 #[test]
 fn on_a_terminal_each_key_goes_to_the_guest_and_control_bracket_ends_it() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = folder_with_guest() else { return };
     let folder = folder.path();
-    guest(folder);
     let line = format!("{} run --kernel guest --append do=echo --memory 16M", env!("CARGO_BIN_EXE_vhd"));
     let mut command = Command::new("script");
     command.args(["-qefc", &line, "typescript"]).current_dir(folder).env("XDG_RUNTIME_DIR", folder);
     let mut terminal = Running(command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap());
     let shown = || std::fs::read_to_string(folder.join("typescript")).unwrap_or_default();
-    wait("the guest's line", || shown().contains("guest: do=echo"));
+    wait_until("the guest's line", || shown().contains("guest: do=echo"));
     assert!(shown().contains("Control-] ends the machine."), "{}", shown());
     // An interrupt is a key as well.
     let stdin = terminal.0.stdin.as_mut().unwrap();
     stdin.write_all(b"HAL\x03").unwrap();
-    wait("the guest's answer", || shown().contains("IBM\x04"));
+    wait_until("the guest's answer", || shown().contains("IBM\x04"));
     assert!(!shown().contains("HAL"), "the terminal echoes what is typed: {}", shown());
     stdin.write_all(b"\x1D").unwrap();
-    wait("the end", || terminal.0.try_wait().unwrap().is_some());
+    wait_until("the end", || terminal.0.try_wait().unwrap().is_some());
     assert!(terminal.0.wait().unwrap().success());
 }
 
 #[test]
 fn a_state_that_was_cut_or_changed_and_a_disk_that_was_changed_are_refused_until_the_state_is_discarded() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = folder_with_guest() else { return };
     let folder = folder.path();
-    guest(folder);
     done(folder, "create disk.vhd --size 64M");
     save_after(&mut run_disk(folder, "do=fill sectors=16384"), folder, "disk", "flushed", 2, &mut String::new());
     let file = folder.join("disk.vsv");
@@ -300,12 +265,8 @@ fn a_state_that_was_cut_or_changed_and_a_disk_that_was_changed_are_refused_until
 
 #[test]
 fn a_configured_machine_is_made_shown_changed_run_saved_restored_and_discarded() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = folder_with_guest() else { return };
     let folder = folder.path();
-    guest(folder);
     done(folder, "create disk.vhd --size 64M");
     let vm = |arguments: &[&str]| said(vhd(folder).arg("vm").args(arguments));
     let made =
@@ -324,7 +285,7 @@ fn a_configured_machine_is_made_shown_changed_run_saved_restored_and_discarded()
         text.contains("<!-- mine --><hardware><floppy a='b'/>") && text.contains(">32<") && !text.contains("read_only"),
         "{text}"
     );
-    let shown: serde_json::Value = serde_json::from_str(&vm(&["show", "one", "--json"])).unwrap();
+    let shown = shown(folder, "one");
     assert_eq!((shown["state"].as_str(), shown["memory"].as_u64()), (Some("off"), Some(32 << 20)));
     assert!(refused(vhd(folder).args(["vm", "restore", "one"])).contains("there is no saved state"));
     let run = |what: &str, config: &str| {
@@ -350,12 +311,8 @@ fn a_configured_machine_is_made_shown_changed_run_saved_restored_and_discarded()
 
 #[test]
 fn a_snapshot_moves_a_configuration_on_to_the_new_leaves() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = folder_with_guest() else { return };
     let folder = folder.path();
-    guest(folder);
     done(folder, "create disk.vhd --size 16M");
     said(
         vhd(folder).args([
@@ -363,7 +320,7 @@ fn a_snapshot_moves_a_configuration_on_to_the_new_leaves() {
         ]),
     );
     let mut machine = Running(vhd(folder).args(["run", "here.vmc"]).stdout(Stdio::null()).spawn().unwrap());
-    wait("a machine", || said(vhd(folder).args(["vm", "list"])).contains("running"));
+    wait_until("a machine", || said(vhd(folder).args(["vm", "list"])).contains("running"));
     said(vhd(folder).args(["vm", "snapshot", "here"]));
     said(vhd(folder).args(["vm", "off", "here.vmc"]));
     assert!(machine.0.wait().unwrap().success());
@@ -375,12 +332,8 @@ fn a_snapshot_moves_a_configuration_on_to_the_new_leaves() {
 
 #[test]
 fn the_serial_port_on_a_socket_speaks_both_ways_and_keeps_what_nobody_heard() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = folder_with_guest() else { return };
     let folder = folder.path();
-    guest(folder);
     let mut command = vhd(folder);
     command.args([
         "run",
@@ -397,7 +350,7 @@ fn the_serial_port_on_a_socket_speaks_both_ways_and_keeps_what_nobody_heard() {
     ]);
     let mut machine = Running(command.stdout(Stdio::null()).spawn().unwrap());
     let port = folder.join("port");
-    wait("a machine", || said(vhd(folder).args(["vm", "list"])).contains("running"));
+    wait_until("a machine", || said(vhd(folder).args(["vm", "list"])).contains("running"));
     use std::os::unix::fs::PermissionsExt;
     assert_eq!(port.metadata().unwrap().permissions().mode() & 0o777, 0o600);
     let mut heard = String::new();
@@ -440,12 +393,8 @@ fn a_linked_disk_starts_no_machine() {
 
 #[test]
 fn only_the_leaf_of_a_machine_is_open_for_writing() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = folder_with_guest() else { return };
     let folder = folder.path();
-    guest(folder);
     done(folder, "create base.vhd --size 16M");
     done(folder, "create middle.vhd --parent base.vhd");
     done(folder, "create leaf.vhd --parent middle.vhd");
@@ -456,7 +405,7 @@ fn only_the_leaf_of_a_machine_is_open_for_writing() {
             .args(["run", "--kernel", "guest", "--append", "do=spin", "--memory", "16M", "--name", "one", "--disk", "leaf.vhd"]);
         command.args(["--disk", "tools.vhd,read-only,serial=TOOLS,on-error=pause,queues=3"]).args(undo.then_some("--undo"));
         let mut machine = Running(command.stdout(Stdio::null()).spawn().unwrap());
-        wait("a machine", || said(vhd(folder).args(["vm", "list"])).contains("running"));
+        wait_until("a machine", || said(vhd(folder).args(["vm", "list"])).contains("running"));
         let mut writable = std::collections::BTreeMap::new();
         for entry in std::fs::read_dir(format!("/proc/{}/fd", machine.0.id())).unwrap() {
             let fd = entry.unwrap();
@@ -478,7 +427,7 @@ fn only_the_leaf_of_a_machine_is_open_for_writing() {
             ["base.vhd", "middle.vhd", "leaf.vhd", "tools.vhd"].map(|name| (name.to_owned(), false)).into();
         wanted.insert(leaf.to_owned(), true);
         assert_eq!(writable, wanted);
-        let shown: serde_json::Value = serde_json::from_str(&said(vhd(folder).args(["vm", "show", "one", "--json"]))).unwrap();
+        let shown = shown(folder, "one");
         let tools = &shown["disks"][1];
         let found =
             (tools["serial"].as_str(), tools["queues"].as_u64(), tools["read_only"].as_bool(), tools["on_error"].as_str());
@@ -487,6 +436,18 @@ fn only_the_leaf_of_a_machine_is_open_for_writing() {
         assert!(machine.0.wait().unwrap().success());
     }
     assert!(!folder.join("tools.vud").exists(), "a disk that is not written to has an undo disk");
+}
+
+#[test]
+fn a_configuration_is_made_of_disks_that_are_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    std::fs::create_dir(folder.join("folder.vhd")).unwrap();
+    for (disk, why) in [("folder.vhd", "is a folder, expected a file"), ("missing.vhd", "can't be opened: No such file")] {
+        let error = refused(vhd(folder).args(["vm", "create", "here.vmc", "--disk", disk]));
+        assert!(error.starts_with(&format!("vhd: {disk}: {why}")), "{error}");
+        assert!(!folder.join("here.vmc").exists());
+    }
 }
 
 #[test]

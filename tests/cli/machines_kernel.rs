@@ -1,20 +1,20 @@
-//! `vhd run` as a new user has it: the kernel that is installed on the disk, the page's own example, and hosts where KVM
-//! is not there or may not be used.
+//! `vhd run` as a new user has it: the kernel that is installed on the disk, and hosts where KVM is not there or may not be used.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use vhd_testkit::machine::kvm;
 use vhd_testkit::tools::require;
 
-use super::machines::{guest, kvm, said, vhd};
+use super::machines::{put_guest, said, vhd};
 use crate::support::{done, text};
 
 /// Makes `root.vhd`: an ext4 file system whose boot menu starts the test guest.
 fn bootable(folder: &Path) -> bool {
     let Some(mkfs) = require("mkfs.ext4") else { return false };
-    guest(folder);
+    put_guest(folder);
     fs::create_dir_all(folder.join("files/extlinux")).unwrap();
     fs::rename(folder.join("guest"), folder.join("files/vmlinuz")).unwrap();
     let menu = "default a\nlabel a\nmenu label The Guest\nkernel /vmlinuz\nappend do=hello\n";

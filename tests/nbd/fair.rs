@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::server::{Server, eventually, folder_with_disk, has, sh, shell};
-use super::support::{done, json, noise, vhd_in};
+use super::server::{Server, folder_with_disk, has, sh, shell};
+use super::support::{done, json, noise, vhd_in, wait_until};
 use super::wire::*;
 
 /// Two peers of a server that listens on TCP.
@@ -45,7 +45,7 @@ fn a_thousand_connections_of_one_machine_leave_places_for_another() {
     let server = serve_tcp(folder.path(), "");
     let mut greedy: Vec<_> = (0..1000).map(|_| Wire::open_from(GREEDY, server.port())).collect();
     let half_open: Vec<_> = (0..24).map(|_| tcp_from(GREEDY, server.port())).collect();
-    eventually("all places are taken", || connections(&server, GREEDY) == 1024);
+    wait_until("all places are taken", || connections(&server, GREEDY) == 1024);
     // Its own half-open ones make room for its next.
     greedy.push(Wire::open_from(GREEDY, server.port()));
     // Another machine's connections, while the first goes on to ask for more.
@@ -76,7 +76,7 @@ fn a_thousand_connections_of_one_machine_leave_places_for_another() {
     assert!(greedy[0].is_over());
     is_served(greedy.last_mut().unwrap(), 1);
     drop((greedy, modest));
-    eventually("all are gone", || connections(&server, GREEDY) + connections(&server, MODEST) == 0);
+    wait_until("all are gone", || connections(&server, GREEDY) + connections(&server, MODEST) == 0);
     server.stop();
 }
 
@@ -163,7 +163,7 @@ fn a_disk_that_hangs_holds_up_no_other() {
     let mut mount = vhd_in(path);
     mount.args(["mount", "outer.vhd", "hangs.vhd", "--foreground"]).stdout(Stdio::null());
     let mount = Stopped(mount.spawn().unwrap());
-    eventually("it is mounted", || path.join("hangs.vhd").metadata().is_ok_and(|found| found.len() > 16 << 20));
+    wait_until("it is mounted", || path.join("hangs.vhd").metadata().is_ok_and(|found| found.len() > 16 << 20));
     let server = Server::start(path, "disk.vhd hangs.vhd");
     let mut hanging: Vec<_> = (0..4).map(|_| Wire::open(&server.socket(), "hangs", Style::Simple)).collect();
     mount.signal(Signal::SIGSTOP);

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use vhd_testkit::crash::Random;
 
-use super::server::{Server, eventually, folder_with_disk, rest};
-use super::support::{done, noise};
+use super::server::{Server, folder_with_disk, rest};
+use super::support::{done, noise, number, wait_until};
 use super::wire::*;
 
 /// A well-behaved client still gets what it asks for, soon.
@@ -39,7 +39,7 @@ fn a_thousand_connections_leave_room_for_others() {
     assert_eq!(served[0].read(0, 0, 512).len(), 512);
     assert_eq!(served[999].read(0, 0, 512).len(), 512);
     drop((served, more));
-    eventually("all are gone", || Wire::connect(&server.socket()).option_kind(LIST, &[]) == ACK);
+    wait_until("all are gone", || Wire::connect(&server.socket()).option_kind(LIST, &[]) == ACK);
     server.stop();
 }
 
@@ -47,7 +47,7 @@ fn a_thousand_connections_leave_room_for_others() {
 #[test]
 fn clients_that_stay_in_the_handshake_are_pushed_out_and_timed_out() {
     let folder = folder_with_disk("64M");
-    let server = Server::start(folder.path(), "disk.vhd --max-connections 50 --handshake-timeout 2");
+    let server = Server::start(folder.path(), "disk.vhd --max-connections 50 --handshake-timeout 5");
     let mut kept = Wire::open(&server.socket(), "", Style::Simple);
     let mut half_open: Vec<_> = (0..200)
         .map(|_| {
@@ -132,8 +132,8 @@ fn an_idle_client_is_let_go_where_that_was_asked_for() {
 fn sessions_with_random_bytes_in_them_end_and_nothing_else() {
     let folder = folder_with_disk("8M");
     let server = Server::start(folder.path(), "disk.vhd");
-    let seed = std::env::var("VHD_NBD_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
-    let count = std::env::var("VHD_NBD_SESSIONS").ok().and_then(|count| count.parse().ok()).unwrap_or(300);
+    let seed = number("VHD_NBD_SEED", 1);
+    let count = number("VHD_NBD_SESSIONS", 300);
     for seed in seed..seed + count {
         let mut random = Random::new(seed);
         let mut bytes = 3_u32.to_be_bytes().to_vec();

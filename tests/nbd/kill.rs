@@ -8,10 +8,9 @@ use std::time::Duration;
 use vhd_core::Disk;
 use vhd_testkit::crash::Random;
 use vhd_testkit::history::History;
-use vhd_testkit::tagged::Tag;
 
 use super::server::Server;
-use super::support::{done, json};
+use super::support::{content_of_sound, done, number, tagged_piece};
 use super::wire::*;
 
 const SIZE: u64 = 64 << 20;
@@ -46,9 +45,7 @@ fn load(writer: &mut Wire, flusher: &mut Wire, seed: u64, history: &mut History)
             }
             continue;
         }
-        let lba = random.below(SECTORS / 4096) * 4096 + random.below(64);
-        let count = (1 + random.below(16)).min(SECTORS - lba);
-        let tags: Vec<_> = (lba..lba + count).map(|lba| Tag { image: session, lba, write }.sector()).collect();
+        let (lba, tags) = tagged_piece(&mut random, SECTORS, session, write);
         let flags = if random.below(16) == 0 { FUA } else { 0 };
         let done = ask(writer, flags, WRITE, lba * 512, &tags.concat()).is_some();
         (lba..).zip(&tags).for_each(|(lba, tag)| history.wrote(lba, *tag, begun, done.then_some(begun + 1)));
@@ -62,21 +59,12 @@ fn load(writer: &mut Wire, flusher: &mut Wire, seed: u64, history: &mut History)
     }
 }
 
-fn content(image: &Path) -> Vec<u8> {
-    let disk = Disk::open(image, &Default::default()).unwrap();
-    let mut found = vec![0; SIZE as usize];
-    disk.read_at(&mut found, 0).unwrap();
-    found
-}
-
 fn kill_again_and_again(folder: &Path, image: &str) {
-    let number = |name: &str, default| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
     let first = number("VHD_KILL_SEED", 1);
     let mut found = vec![0; SIZE as usize];
     for seed in first..first + number("VHD_KILLS", 8) {
         let server = Server::start(folder, image);
-        let mut history = History::default();
-        found.as_chunks::<512>().0.iter().enumerate().for_each(|(lba, content)| history.set_initial(lba as u64, *content));
+        let mut history = History::of(&found);
         let mut writer = Wire::open(&server.socket(), "", Style::Simple);
         let mut flusher = Wire::open(&server.socket(), "", Style::Simple);
         let killer = std::thread::spawn(move || {
@@ -85,13 +73,8 @@ fn kill_again_and_again(folder: &Path, image: &str) {
         });
         load(&mut writer, &mut flusher, seed, &mut history);
         killer.join().unwrap();
-        let report = json(folder, &format!("check {image}"), 0);
-        let worse = report["findings"].as_array().unwrap().iter().find(|finding| finding["severity"] == "error");
-        assert!(worse.is_none(), "seed {seed}: {worse:?}");
-        found = content(&folder.join(image));
-        for (lba, content) in found.as_chunks::<512>().0.iter().enumerate() {
-            history.judge(lba as u64, content, usize::MAX).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
-        }
+        found = content_of_sound(folder, image);
+        history.judge_disk(&found, usize::MAX).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
     }
 }
 

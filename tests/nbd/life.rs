@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use tempfile::NamedTempFile;
 use vhd_core::Disk;
+use vhd_testkit::volume::Volume;
 
-use super::server::{Server, Volume, eventually, folder_with_disk, has, sh};
-use super::support::{done, json, noise, refused, text, vhd, vhd_in};
+use super::server::{Server, folder_with_disk, has, sh};
+use super::support::{done, json, noise, refused, text, vhd, vhd_in, wait_until};
 use super::wire::*;
 
 fn read_image(path: &Path, offset: u64, len: usize) -> Vec<u8> {
@@ -116,7 +117,7 @@ fn libnbd_runs_it_on_stdio_and_by_socket_activation() {
          h.pwrite(b'stdio', 4096); h.flush(); print(bytes(h.pread(5, 4096))); h.shutdown()"
     );
     assert_eq!(sh(folder.path(), &format!("/usr/bin/python3 -c \"{script}\"")), "b'stdio'\n");
-    eventually("the image is closed", || vhd(folder.path(), "check disk.vhd").status.success());
+    wait_until("the image is closed", || vhd(folder.path(), "check disk.vhd").status.success());
     assert_eq!(read_image(&folder.path().join("disk.vhd"), 4096, 5), b"stdio");
 }
 
@@ -255,7 +256,7 @@ fn fill_and_go_on(log_on_the_volume: bool) {
         assert!(wire.read(0, at << 20, 1 << 20) == block(at), "what was written before is there");
     }
     assert_eq!(wire.write_error(0, 0, &block(99)), 0, "what has its room is written");
-    eventually("a warning", || log_on_the_volume || server.log().contains("[low-space]"));
+    wait_until("a warning", || log_on_the_volume || server.log().contains("[low-space]"));
     assert!(!server.log().contains('\x1b'), "colours are for terminals: {}", server.log());
     fs::remove_file(folder.join("ballast")).unwrap();
     assert_eq!(wire.write_error(FUA, 60 << 20, &block(60)), 0, "it goes on when there is room");

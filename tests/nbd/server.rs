@@ -134,16 +134,6 @@ pub fn folder_with_disk(size: &str) -> TempDir {
     folder
 }
 
-/// Waits until something is so.
-#[track_caller]
-pub fn eventually(what: &str, is_so: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "{what}");
-        sleep(Duration::from_millis(10));
-    }
-}
-
 /// True when a program of another project is there; see [`require`].
 pub fn has(program: &str) -> bool {
     require(program).is_some()
@@ -170,30 +160,4 @@ pub fn rest(stream: &mut impl Read) -> Vec<u8> {
     // A reset is an end, too.
     let _ = stream.read_to_end(&mut bytes);
     bytes
-}
-
-/// A small volume of the host, which goes when this is dropped.
-pub struct Volume(TempDir);
-
-impl Volume {
-    pub fn new(size: &str) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        let mount = format!("mount -t tmpfs -o size={size} vhd-nbd-test {}", folder.path().display());
-        if !nix::unistd::geteuid().is_root() || !shell(folder.path(), &mount).status.success() {
-            assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "CI must test full volumes: not root");
-            eprintln!("SKIPPED: a full volume needs root");
-            return None;
-        }
-        Some(Self(folder))
-    }
-
-    pub fn path(&self) -> &Path {
-        self.0.path()
-    }
-}
-
-impl Drop for Volume {
-    fn drop(&mut self) {
-        shell(Path::new("/"), &format!("umount --lazy {}", self.0.path().display()));
-    }
 }

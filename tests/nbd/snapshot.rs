@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vhd_core::Disk;
 
-use super::server::{Server, eventually, folder_with_disk};
-use super::support::{done, json};
+use super::server::{Server, folder_with_disk};
+use super::support::{done, json, wait_until};
 use super::wire::*;
 
 /// Pages that each connection writes to, again and again, in several blocks of the disk.
@@ -98,7 +98,7 @@ fn a_snapshot_freezes_exactly_what_was_answered() {
         let mut parent = "disk.vhd".to_owned();
         for number in 1..=6 {
             let before = all(&progress.answered);
-            eventually("writing goes on", || {
+            wait_until("writing goes on", || {
                 (0..WRITERS).all(|writer| progress.answered[writer].load(Ordering::SeqCst) > before[writer] + 30)
             });
             let least = all(&progress.answered);

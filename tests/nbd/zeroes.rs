@@ -1,6 +1,8 @@
 //! Zeros that nobody stored: holes in replies, and zeroing that is fast or says that it is not.
 
-use super::server::{Server, Volume, folder_with_disk, has, sh};
+use vhd_testkit::volume::Volume;
+
+use super::server::{Server, folder_with_disk, has, sh};
 use super::support::{done, noise, vhd_fed};
 use super::wire::*;
 

@@ -8,8 +8,14 @@ use std::ffi::OsStr;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use vhd_core::Disk;
+use vhd_core::chain::ChainOptions;
+use vhd_testkit::crash::Random;
+use vhd_testkit::tagged::Tag;
 
 /// The folder of the project.
 pub fn project() -> &'static Path {
@@ -77,6 +83,44 @@ pub fn expect(output: Output, status: i32, line: &str) -> Output {
     let (out, err) = (text(&output.stdout[..output.stdout.len().min(2000)]), text(&output.stderr));
     assert_eq!(output.status.code(), Some(status), "vhd {line}: {out}{err}");
     output
+}
+
+/// What an image holds in which `vhd check` finds no error.
+#[track_caller]
+pub fn content_of_sound(folder: &Path, image: &str) -> Vec<u8> {
+    let report = json(folder, &format!("check {image}"), 0);
+    let worse = report["findings"].as_array().unwrap().iter().find(|finding| finding["severity"] == "error");
+    assert!(worse.is_none(), "{image}: {worse:?}");
+    let disk = Disk::open(&folder.join(image), &ChainOptions::default()).unwrap();
+    let mut found = vec![0; disk.size() as usize];
+    disk.read_at(&mut found, 0).unwrap();
+    found
+}
+
+/// A piece to write to a disk of so many sectors, and where: near the beginning of one of a few blocks, so that blocks are
+/// new, partly present, and overwritten. Its sectors say which write they are of.
+pub fn tagged_piece(random: &mut Random, sectors: u64, image: u32, write: u64) -> (u64, Vec<[u8; 512]>) {
+    let lba = random.below(sectors / 4096) * 4096 + random.below(64);
+    let count = (1 + random.below(16)).min(sectors - lba);
+    (lba, (lba..lba + count).map(|lba| Tag { image, lba, write }.sector()).collect())
+}
+
+/// A number that the environment sets.
+pub fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// Nothing that a test waits for takes longer, even on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Waits until something is so, but not for ever.
+#[track_caller]
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < PATIENCE, "waited in vain: {what}");
+        sleep(Duration::from_millis(10));
+    }
 }
 
 /// Bytes as text.

@@ -1,15 +1,13 @@
 //! What the tests of mounts share.
 
-use std::fs::{self, File, Permissions};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use super::{search_path, text, vhd};
+use super::{done, run, search_path, text, vhd, wait_until};
 
 /// True where mounts can be tested; in CI they must be.
 pub fn possible(needed: &[&str]) -> bool {
@@ -28,20 +26,58 @@ fn is_there(tool: &str) -> bool {
     search_path().split(':').any(|folder| Path::new(folder).join(tool).exists())
 }
 
-/// Waits, but not for ever.
-#[track_caller]
-pub fn wait_until(what: &str, is_so: impl Fn() -> bool) {
-    let began = Instant::now();
-    while !is_so() {
-        assert!(began.elapsed() < Duration::from_secs(60), "waited in vain until {what}");
-        sleep(Duration::from_millis(20));
-    }
-}
-
 /// Waits until nobody has an image open, for reading or writing: who writes nothing to it needs that.
 #[track_caller]
 pub fn wait_until_free(folder: &Path, image: &str) {
     wait_until("the image is free", || vhd(folder, &format!("write {image} --offset 0")).status.success());
+}
+
+/// A folder for a test, in which `disk` is one to mount on.
+pub struct Place {
+    // In this order: unmounted, then removed.
+    _cleanup: Cleanup,
+    folder: TempDir,
+}
+
+impl Place {
+    /// `None` where mounts can't be tested: see [`possible`].
+    pub fn new(needed: &[&str]) -> Option<Self> {
+        if !possible(needed) {
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("disk")).unwrap();
+        Some(Self { _cleanup: Cleanup(["disk", "file", "files"].map(|name| folder.path().join(name)).into()), folder })
+    }
+
+    /// With an image of this size, `a.vhd`.
+    pub fn with_image(needed: &[&str], size: &str) -> Option<Self> {
+        let place = Self::new(needed)?;
+        done(place.path(), &format!("create a.vhd --size {size}"));
+        Some(place)
+    }
+
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Makes the disk of `a.vhd` an ext4.
+    pub fn format(&self) {
+        done(self.path(), "mount a.vhd disk");
+        run("mkfs.ext4", &["-q", self.path().join("disk/disk.raw").to_str().unwrap()]);
+        done(self.path(), "unmount disk");
+    }
+
+    /// Writes to a file of the folder, in the middle of it.
+    pub fn write(&self, name: &str, offset: u64, data: &[u8]) {
+        let file = OpenOptions::new().write(true).open(self.path().join(name)).unwrap();
+        file.write_all_at(data, offset).unwrap();
+    }
+
+    /// What an image of the folder holds, by another way than the mount.
+    pub fn in_image(&self, name: &str, offset: u64, length: usize) -> Vec<u8> {
+        vhd(self.path(), &format!("read {name} --offset {offset} --length {length}")).stdout
+    }
 }
 
 /// Unmounts what a failed test leaves at these places, last first.

@@ -12,15 +12,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use tempfile::TempDir;
 use vhd_core::block::ZeroMode;
 use vhd_core::chain::create_child;
 use vhd_core::image::NewKind;
 use vhd_core::{Disk, ErrorKind};
 use vhd_testkit::model::ModelDisk;
+use vhd_testkit::tools::skip;
+use vhd_testkit::volume::Volume;
 
-use self::support::{assert_error, assert_refused, child_options, files_of, new_child, new_image, open, options, read_all, skip};
+use self::support::{assert_error, assert_refused, child_options, files_of, new_child, new_image, open, options, read_all};
 
 const MIB: u64 = 1 << 20;
 const BLOCK: u32 = 512 << 10;
@@ -85,39 +85,6 @@ fn an_image_in_use_is_refused() {
     drop(writer);
 }
 
-/// A tmpfs of its own, where the test may mount one.
-struct SmallDisk {
-    folder: TempDir,
-}
-
-impl SmallDisk {
-    fn new(size: &str) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        let options = format!("size={size},mode=777");
-        match mount(Some("none"), folder.path(), Some("tmpfs"), MsFlags::empty(), Some(&*options)) {
-            Ok(()) => Some(Self { folder }),
-            Err(error) => {
-                skip(&format!("no tmpfs can be mounted ({error}): full and read-only disks are not tested"));
-                None
-            }
-        }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn make_read_only(&self) {
-        mount(None::<&str>, self.folder.path(), None::<&str>, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, None::<&str>).unwrap();
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = umount2(self.folder.path(), MntFlags::MNT_DETACH);
-    }
-}
-
 /// Writes until there is no room, and tells how much was taken.
 fn fill_up(disk: &Disk, model: &mut ModelDisk) -> u64 {
     let chunk = vec![0xA1; 64 << 10];
@@ -153,10 +120,10 @@ fn a_full_host_disk_loses_nothing_and_writing_goes_on() {
         },
     ];
     for (n, make) in make.into_iter().enumerate() {
-        let Some(host) = SmallDisk::new("4M") else { return };
-        let path = host.path("image.vhd");
+        let Some(host) = Volume::new("4M") else { return };
+        let path = host.path().join("image.vhd");
         make(&path);
-        fs::write(host.path("other"), vec![1; 1 << 20]).unwrap();
+        fs::write(host.path().join("other"), vec![1; 1 << 20]).unwrap();
         let mut model = ModelDisk::new(size);
         let disk = open(&path, true);
         let full_at = fill_up(&disk, &mut model);
@@ -167,7 +134,7 @@ fn a_full_host_disk_loses_nothing_and_writing_goes_on() {
         model.write(8192, &[0xB2; 4096]);
         disk.flush().unwrap();
         // The one who has room again goes on where he was.
-        fs::remove_file(host.path("other")).unwrap();
+        fs::remove_file(host.path().join("other")).unwrap();
         disk.write_at(&[0xC3; 64 << 10], full_at).unwrap();
         model.write(full_at, &[0xC3; 64 << 10]);
         // Or makes room himself.
@@ -182,10 +149,10 @@ fn a_full_host_disk_loses_nothing_and_writing_goes_on() {
 
 #[test]
 fn nothing_half_made_is_left_on_a_full_disk() {
-    let Some(host) = SmallDisk::new("256K") else { return };
-    fs::write(host.path("other"), vec![1; 240 << 10]).unwrap();
-    let before = files_of(host.folder.path());
-    let path = host.path("image.vhd");
+    let Some(host) = Volume::new("256K") else { return };
+    fs::write(host.path().join("other"), vec![1; 240 << 10]).unwrap();
+    let before = files_of(host.path());
+    let path = host.path().join("image.vhd");
     for (kind, size) in [(NewKind::Fixed { preallocate: true }, MIB), (NewKind::Dynamic, 2040 << 30)] {
         let create = vhd_core::image::CreateOptions {
             kind,
@@ -197,22 +164,22 @@ fn nothing_half_made_is_left_on_a_full_disk() {
         };
         let error = vhd_core::image::create_file(&path, &create, false).unwrap_err();
         assert_error(&error, ErrorKind::NoSpace, "image.vhd");
-        assert!(files_of(host.folder.path()) == before);
+        assert!(files_of(host.path()) == before);
     }
 }
 
 #[test]
 fn a_read_only_host_disk_is_told_as_such() {
-    let Some(host) = SmallDisk::new("4M") else { return };
-    let (path, child) = (host.path("image.vhd"), host.path("child.vhd"));
+    let Some(host) = Volume::new("4M") else { return };
+    let (path, child) = (host.path().join("image.vhd"), host.path().join("child.vhd"));
     new_image(&path, NewKind::Dynamic, 16 * MIB, BLOCK);
     new_child(&child, &path);
-    host.make_read_only();
+    host.remount("ro");
     for image in [&path, &child] {
         assert_refused(image, &options(true), ErrorKind::ReadOnly, "can't be opened for writing");
         assert!(read_all(&open(image, false)).iter().all(|&byte| byte == 0));
     }
-    let error = create_child(&host.path("c.vhd"), &path, &child_options(), &options(false)).unwrap_err();
+    let error = create_child(&host.path().join("c.vhd"), &path, &child_options(), &options(false)).unwrap_err();
     assert_error(&error, ErrorKind::ReadOnly, "c.vhd");
 }
 

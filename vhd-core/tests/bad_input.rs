@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
+use vhd_core::block::Extent;
 use vhd_core::chain::Chain;
 use vhd_core::format::{Creator, Timestamp};
 use vhd_core::image::{CreateOptions, Image, NewKind, OpenOptions, ParentLink, create};
@@ -456,6 +457,13 @@ fn check_cut(bytes: Vec<u8>, guest: &[u8]) {
                     Err(error) => assert_error(&error, ErrorKind::Corrupt, "cut.vhd"),
                 }
             }
+            // What is lost is no hole either: whoever copies only data would lose it without a word.
+            let told = disk.extents(0..disk.size(), &mut |Extent { range, state, .. }| {
+                let is_zero = guest[range.start as usize..range.end as usize].iter().all(|byte| *byte == 0);
+                assert!(is_zero || !state.reads_zero(), "cut at {len}: {range:?} is said to be zero");
+                Ok(())
+            });
+            told.unwrap_or_else(|error| assert_error(&error, ErrorKind::Corrupt, "cut.vhd"));
         }
         Err(error) => {
             let kind = if len < 511 { ErrorKind::NotVhd } else { error.kind() };

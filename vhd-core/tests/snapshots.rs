@@ -41,10 +41,7 @@ struct Client {
 impl Client {
     fn open(path: &Path, chain: &ChainOptions) -> Self {
         let live = LiveDisk::open(path, chain).unwrap();
-        let mut history = History::default();
-        for (lba, sector) in (0..).zip(read_all(&live.disk()).as_chunks::<512>().0) {
-            history.set_initial(lba, *sector);
-        }
+        let history = History::of(&read_all(&live.disk()));
         Self { live, history, frozen: Vec::new() }
     }
 
@@ -143,9 +140,7 @@ fn judge(client: &Client, names: &[&str], cut: usize, folder: &Path) -> Result<(
     }
     // One that was not told of shows the same as the one below.
     for (leaf, name) in names.iter().enumerate().take(last + 1).skip(told) {
-        for (lba, sector) in (0..).zip(read(leaf)?.as_chunks::<512>().0) {
-            client.history.judge(lba, sector, cut).map_err(|error| format!("{name}: {error}"))?;
-        }
+        client.history.judge_disk(&read(leaf)?, cut).map_err(|error| format!("{name}: {error}"))?;
     }
     let before = read(last)?;
     Disk::open(&path(last), &options(true)).map_err(|error| format!("for writing: {error}"))?;

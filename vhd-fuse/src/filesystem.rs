@@ -36,8 +36,10 @@ const NAME_TTL: Duration = Duration::from_secs(3600);
 /// Sizes never change either, but allocation and times do.
 const ATTR_TTL: Duration = Duration::from_secs(1);
 
-/// Unit of `statfs`, and of I/O that programs are told to prefer. Large, because each request has its price.
+/// Unit of `statfs`.
 const BLOCK_SIZE: u32 = 4096;
+
+/// Bytes that programs are told to read and write at once: many, because each request has its price.
 const PREFERRED_IO: u32 = 128 << 10;
 
 /// A tree of files, served.

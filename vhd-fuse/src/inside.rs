@@ -86,8 +86,7 @@ fn by_kernel(file: &Path, at: &Path, kind: &str, options: &[String], read_only: 
     let device = loops(true).or_else(|_| loops(false))?;
     let access = if read_only { "ro" } else { "rw" };
     // A guest made it: what it says of rights and devices does not count on the host unless asked for.
-    let words = [access, "nosuid", "nodev"].into_iter().map(str::to_owned).chain(options.iter().cloned());
-    let words: Vec<_> = words.collect();
+    let words: Vec<_> = [access, "nosuid", "nodev"].into_iter().chain(options.iter().map(String::as_str)).collect();
     let mut command = Command::new("mount");
     command.args(["-n", "-i", "-t", kind, "-o", &words.join(",")]).arg(&device).arg(at);
     let mounted = run(&mut command);

@@ -120,8 +120,8 @@ fn run(shared: &Shared, low: u64, mut tell: impl FnMut(&Path, Change, Space)) {
                 volume.is_low = *change == Change::Low;
             }
         }
-        let is_new = |state: &mut State| !state.stop && state.volumes.len() == volumes.len();
-        state = shared.changed.wait_timeout_while(state, INTERVAL, is_new).unwrap_or_else(PoisonError::into_inner).0;
+        let nothing_new = |state: &mut State| !state.stop && state.volumes.len() == volumes.len();
+        state = shared.changed.wait_timeout_while(state, INTERVAL, nothing_new).unwrap_or_else(PoisonError::into_inner).0;
     }
 }
 

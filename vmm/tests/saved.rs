@@ -9,26 +9,51 @@
 mod support;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use tempfile::TempDir;
 use vhd_core::ErrorKind;
 use vhd_core::chain::{Chain, ChainOptions};
 use vhd_core::image::OpenOptions;
 use vhd_core::ops::saved_state;
+use vhd_service::events::Events;
 use vhd_testkit::fixture::Kind;
-use vhd_vmm::machine::{Command, Definition, State, discard_state};
+use vhd_vmm::machine::{Command, Definition, Machine, State, discard_state};
 use vhd_vmm::virtio::block::BlockOptions;
 
-use support::{PATIENCE, attached, definition, kvm, machine, make_disk, open};
+use support::{PATIENCE, Said, attached, definition, kvm, machine, make_disk, open};
 
 fn definition_in(folder: &Path, command_line: &str, image: &Path) -> Definition {
     let disks = vec![attached(image, BlockOptions::default())];
     Definition { state_file: Some(folder.join("guest.vsv")), ..definition(command_line, disks) }
 }
 
+/// A folder with a disk of this sort; `None` where no machine can run.
+fn place(kind: Kind) -> Option<(TempDir, PathBuf)> {
+    let folder = kvm().then(|| tempfile::tempdir().unwrap())?;
+    let image = make_disk(folder.path(), "disk", kind, 8 << 20);
+    Some((folder, image))
+}
+
+/// A machine whose guest fills the disk, or goes on with that.
+fn filling(folder: &Path, image: &Path) -> (Machine, Said, Events) {
+    machine(definition_in(folder, "do=fill sectors=4096", image))
+}
+
+/// How an image is opened to be written to by someone who is no machine.
+fn writable() -> ChainOptions {
+    ChainOptions { image: OpenOptions { writable: true, ..OpenOptions::default() }, ..ChainOptions::default() }
+}
+
+/// Waits until it is off.
+#[track_caller]
+fn assert_ends(machine: &Machine) {
+    assert_eq!(machine.wait(PATIENCE, |state| *state != State::Running), State::Off);
+}
+
 /// Saves a guest in the middle of filling its disk. Returns what it said.
 fn save_in_the_middle(folder: &Path, image: &Path, after: usize) -> String {
-    let (machine, said, events) = machine(definition_in(folder, "do=fill sectors=4096", image));
+    let (machine, said, events) = filling(folder, image);
     let events = events.subscribe();
     machine.command(Command::Start).unwrap();
     said.wait_for("flushed", after);
@@ -40,18 +65,14 @@ fn save_in_the_middle(folder: &Path, image: &Path, after: usize) -> String {
 
 #[test]
 fn a_guest_goes_on_in_another_machine_from_where_it_was_saved() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some((folder, image)) = place(Kind::Differencing) else { return };
     let folder = folder.path();
-    let image = make_disk(folder, "disk", Kind::Differencing, 8 << 20);
     let mut told = save_in_the_middle(folder, &image, 3);
     let size = folder.join("guest.vsv").metadata().unwrap().len();
     assert!(size < 2 << 20, "pages of zeros are in the file: {size} bytes");
     // Several times, with each a new machine.
     for _ in 0..3 {
-        let (machine, said, _) = machine(definition_in(folder, "do=fill sectors=4096", &image));
+        let (machine, said, _) = filling(folder, &image);
         assert_eq!(machine.state(), State::Saved);
         assert_eq!(machine.command(Command::Start).unwrap_err().kind(), ErrorKind::Refused);
         machine.command(Command::Restore).unwrap();
@@ -59,10 +80,10 @@ fn a_guest_goes_on_in_another_machine_from_where_it_was_saved() {
         machine.command(Command::Save).unwrap();
         told += &said.text();
     }
-    let (machine, said, _) = machine(definition_in(folder, "do=fill sectors=4096", &image));
+    let (machine, said, _) = filling(folder, &image);
     machine.command(Command::Restore).unwrap();
     assert!(!folder.join("guest.vsv").exists(), "a guest goes on once");
-    assert_eq!(machine.wait(PATIENCE, |state| *state != State::Running), State::Off);
+    assert_ends(&machine);
     told += &said.text();
     assert!(told.starts_with("guest: do=fill") && told.ends_with("filled 4096, 0 failed\nguest: done\n"), "{told}");
     assert!(!told.contains("WRONG"), "{told}");
@@ -74,16 +95,12 @@ fn a_guest_goes_on_in_another_machine_from_where_it_was_saved() {
 
 #[test]
 fn a_file_that_is_cut_or_changed_is_refused() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some((folder, image)) = place(Kind::Dynamic) else { return };
     let folder = folder.path();
-    let image = make_disk(folder, "disk", Kind::Dynamic, 8 << 20);
     save_in_the_middle(folder, &image, 2);
     let file = folder.join("guest.vsv");
     let sound = fs::read(&file).unwrap();
-    let (machine, _, _) = machine(definition_in(folder, "do=fill sectors=4096", &image));
+    let (machine, _, _) = filling(folder, &image);
     let refuse = |bytes: &[u8], what: &str| {
         fs::write(&file, bytes).unwrap();
         let error = machine.command(Command::Restore).unwrap_err();
@@ -120,20 +137,16 @@ fn a_file_that_is_cut_or_changed_is_refused() {
     refuse(&[&sound[..], &[0]].concat(), "a byte more");
     fs::write(&file, &sound).unwrap();
     machine.command(Command::Restore).unwrap();
-    assert_eq!(machine.wait(PATIENCE, |state| *state != State::Running), State::Off);
+    assert_ends(&machine);
 }
 
 #[test]
 fn a_disk_that_was_changed_or_exchanged_is_refused() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some((folder, image)) = place(Kind::Dynamic) else { return };
     let folder = folder.path();
-    let image = make_disk(folder, "disk", Kind::Dynamic, 8 << 20);
     save_in_the_middle(folder, &image, 2);
     let restore = |image: &Path| {
-        let (machine, _, _) = machine(definition_in(folder, "do=fill sectors=4096", image));
+        let (machine, _, _) = filling(folder, image);
         let error = machine.command(Command::Restore).unwrap_err();
         assert_eq!((error.kind(), machine.state()), (ErrorKind::Refused, State::Saved), "{error}");
         error.to_string()
@@ -152,22 +165,18 @@ fn a_disk_that_was_changed_or_exchanged_is_refused() {
     machine.command(Command::DiscardState).unwrap();
     assert_eq!(machine.state(), State::Off);
     machine.command(Command::Start).unwrap();
-    assert_eq!(machine.wait(PATIENCE, |state| *state != State::Running), State::Off);
+    assert_ends(&machine);
 }
 
 #[test]
 fn a_disk_whose_parent_was_changed_is_refused() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some((folder, image)) = place(Kind::Differencing) else { return };
     let folder = folder.path();
-    let image = make_disk(folder, "disk", Kind::Differencing, 8 << 20);
     save_in_the_middle(folder, &image, 2);
     // As a program would that knows nothing of children.
     let parent = folder.join("disk-base.vhd");
     fs::File::options().write(true).open(&parent).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
-    let (machine, _, _) = machine(definition_in(folder, "do=fill sectors=4096", &image));
+    let (machine, _, _) = filling(folder, &image);
     let error = machine.command(Command::Restore).unwrap_err();
     assert!(error.kind() == ErrorKind::Refused && error.to_string().contains("was changed"), "{error}");
 }
@@ -179,22 +188,17 @@ fn is_noted(image: &Path) -> bool {
 
 #[test]
 fn nobody_else_writes_to_the_disks_of_a_saved_guest() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some((folder, image)) = place(Kind::Dynamic) else { return };
     let folder = folder.path();
-    let image = make_disk(folder, "disk", Kind::Dynamic, 8 << 20);
     save_in_the_middle(folder, &image, 2);
     assert!(is_noted(&image));
-    let writable = OpenOptions { writable: true, ..OpenOptions::default() };
-    let error = Chain::open(&image, &ChainOptions { image: writable, ..ChainOptions::default() }).unwrap_err();
+    let error = Chain::open(&image, &writable()).unwrap_err();
     assert!(error.kind() == ErrorKind::Refused && error.to_string().contains("saved state"), "{error}");
-    let (machine, _, _) = machine(definition_in(folder, "do=fill sectors=4096", &image));
+    let (machine, _, _) = filling(folder, &image);
     machine.command(Command::Restore).unwrap();
     // It is gone before the guest runs, and what the guest makes the disk grow by does not bring it back.
     assert!(!is_noted(&image));
-    assert_eq!(machine.wait(PATIENCE, |state| *state != State::Running), State::Off);
+    assert_ends(&machine);
     drop(machine);
     assert!(!is_noted(&image));
 }
@@ -220,8 +224,7 @@ fn a_cut_between_file_and_notes_leaves_what_can_be_gone_on_from_or_forgotten() {
             said.wait_for("flushed", 2);
             machine.command(Command::Save).unwrap();
             drop(machine);
-            let open =
-                ChainOptions { image: OpenOptions { writable: true, ..OpenOptions::default() }, ..ChainOptions::default() };
+            let open = writable();
             for (image, noted) in images.iter().zip(noted) {
                 saved_state::set(image, noted, &open).unwrap();
             }
@@ -242,15 +245,11 @@ fn a_cut_between_file_and_notes_leaves_what_can_be_gone_on_from_or_forgotten() {
 
 #[test]
 fn a_note_is_taken_off_its_own_disks_alone_and_off_others_by_force() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some((folder, image)) = place(Kind::Dynamic) else { return };
     let folder = folder.path();
-    let image = make_disk(folder, "disk", Kind::Dynamic, 8 << 20);
     let other = make_disk(folder, "other", Kind::Dynamic, 8 << 20);
     save_in_the_middle(folder, &image, 2);
-    let open = ChainOptions { image: OpenOptions { writable: true, ..OpenOptions::default() }, ..ChainOptions::default() };
+    let open = writable();
     saved_state::set(&other, true, &open).unwrap();
     let (file, missing) = (folder.join("guest.vsv"), folder.join("missing.vhd"));
     let notes = discard_state(&file, &[image.clone(), other.clone(), missing], &open, false).unwrap();
@@ -263,18 +262,14 @@ fn a_note_is_taken_off_its_own_disks_alone_and_off_others_by_force() {
 
 #[test]
 fn a_guest_that_can_not_be_saved_goes_on_and_its_disks_are_free() {
-    if !kvm() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let image = make_disk(folder.path(), "disk", Kind::Dynamic, 8 << 20);
+    let Some((folder, image)) = place(Kind::Dynamic) else { return };
     let state_file = Some(folder.path().join("no folder/guest.vsv"));
     let disks = vec![attached(&image, BlockOptions::default())];
     let (machine, said, _) = machine(Definition { state_file, ..definition("do=fill sectors=2048", disks) });
     machine.command(Command::Start).unwrap();
     said.wait_for("flushed", 2);
     assert_eq!(machine.command(Command::Save).unwrap_err().kind(), ErrorKind::NotFound);
-    assert_eq!(machine.wait(PATIENCE, |state| *state != State::Running), State::Off);
+    assert_ends(&machine);
     assert!(said.text().contains("filled 2048, 0 failed\n") && !said.text().contains("WRONG"), "{}", said.text());
     assert!(!is_noted(&image));
 }

@@ -14,46 +14,18 @@ use vhd_core::chain::{Chain, ChainOptions};
 use vhd_core::ops::check::{CheckOptions, check};
 use vhd_core::storage::FileStorage;
 use vhd_testkit::fixture::Kind;
+use vhd_testkit::volume::Volume;
 use vhd_vmm::machine::{Command, Reason, State};
 use vhd_vmm::virtio::block::{BlockOptions, Policies, Policy};
 
 use support::{PATIENCE, attached, definition, kvm, machine, make_disk};
 
-/// A small volume, unmounted at the end.
-struct Volume {
-    folder: tempfile::TempDir,
-}
-
-impl Volume {
-    fn new(size: &str) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        let mount = ["-t", "tmpfs", "-o", &format!("size={size}"), "vhd-test"];
-        let mounted = std::process::Command::new("mount").args(mount).arg(folder.path()).status();
-        let mounted = mounted.is_ok_and(|status| status.success());
-        assert!(mounted || std::env::var("CI").as_deref() != Ok("true"), "CI must mount a tmpfs");
-        if !mounted {
-            eprintln!("SKIPPED: a tmpfs can't be mounted");
-        }
-        mounted.then_some(Self { folder })
-    }
-
-    fn path(&self) -> &Path {
-        self.folder.path()
-    }
-
-    /// Fills the volume but for so many bytes.
-    fn fill(&self, but: u64) -> PathBuf {
-        let file = self.path().join("filling");
-        let free = vhd_service::space::of(self.path()).unwrap().free;
-        std::fs::write(&file, vec![1; (free - but) as usize]).unwrap();
-        file
-    }
-}
-
-impl Drop for Volume {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg("-l").arg(self.folder.path()).status();
-    }
+/// Fills a volume but for so many bytes.
+fn fill(volume: &Volume, but: u64) -> PathBuf {
+    let file = volume.path().join("filling");
+    let free = vhd_service::space::of(volume.path()).unwrap().free;
+    std::fs::write(&file, vec![1; (free - but) as usize]).unwrap();
+    file
 }
 
 fn assert_clean(image: &Path) {
@@ -68,7 +40,7 @@ fn assert_clean(image: &Path) {
 fn a_full_volume_pauses_the_machine_until_there_is_room() {
     let (true, Some(volume)) = (kvm(), Volume::new("40M")) else { return };
     let image = make_disk(volume.path(), "disk", Kind::Dynamic, 64 << 20);
-    let filling = volume.fill(6 << 20);
+    let filling = fill(&volume, 6 << 20);
     let disks = vec![attached(&image, BlockOptions::default())];
     let (machine, said, events) = machine(definition("do=fill sectors=40960", disks));
     let events = events.subscribe();
@@ -94,7 +66,7 @@ fn a_full_volume_pauses_the_machine_until_there_is_room() {
 fn a_guest_that_is_to_be_told_is_told() {
     let (true, Some(volume)) = (kvm(), Volume::new("30M")) else { return };
     let image = make_disk(volume.path(), "disk", Kind::Dynamic, 64 << 20);
-    volume.fill(6 << 20);
+    fill(&volume, 6 << 20);
     let policies = Policies { on_error: Policy::Report, on_no_space: Policy::Report };
     let disks = vec![attached(&image, BlockOptions { policies, ..Default::default() })];
     let (machine, said, _) = machine(definition("do=fill sectors=40960", disks));
@@ -113,12 +85,12 @@ fn a_volume_that_gets_low_is_warned_of_and_the_machine_pauses_before_it_is_full(
     let (machine, _, events) = machine(definition);
     let events = events.subscribe();
     machine.command(Command::Start).unwrap();
-    volume.fill(10 << 20);
+    fill(&volume, 10 << 20);
     let next = || events.recv_timeout(PATIENCE).unwrap().kind;
     assert_eq!([next(), next()], ["started", "low-space"]);
     assert_eq!(machine.state(), State::Running);
     std::fs::rename(volume.path().join("filling"), volume.path().join("more")).unwrap();
-    volume.fill(2 << 20);
+    fill(&volume, 2 << 20);
     assert_eq!(next(), "paused");
     assert!(matches!(machine.state(), State::Paused(Reason::NoSpace(_))));
     std::fs::remove_file(volume.path().join("more")).unwrap();

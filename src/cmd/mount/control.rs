@@ -12,9 +12,9 @@ use vhd_service::control::{Control, EXTENSION, Handler, Request};
 use vhd_service::events::{Event, Events};
 use vhd_service::metrics::Metrics;
 use vhd_service::runtime;
-use vhd_service::space::{Change, Watch};
+use vhd_service::space::Watch;
 
-use crate::sizes;
+use crate::cmd::service::{name_of, watch};
 
 /// Events that are remembered: a process in the background has nobody to tell.
 const EVENTS: usize = 32;
@@ -35,11 +35,6 @@ struct Admin {
     told: Mutex<VecDeque<Event>>,
     inbox: Mutex<std::sync::mpsc::Receiver<Event>>,
     watch: Watch,
-}
-
-/// The name of a mounted disk: its file's, without the ending.
-fn name_of(image: &Path) -> String {
-    image.file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// Counts what is asked of the disk from now on. Returns the disk to use in its place, and the counters.
@@ -68,17 +63,6 @@ pub fn start(live: &LiveDisk, metrics: Metrics, target: &Path, read_only: bool, 
             Ok(Service { socket: None, _control: None })
         }
     }
-}
-
-fn watch(low: u64, events: &Events) -> Result<Watch> {
-    let events = events.clone();
-    Watch::start(low, move |path, change, space| {
-        let (subject, room) = (path.display().to_string(), sizes::show(space.free));
-        match change {
-            Change::Low => events.warn("low-space", subject, format!("its volume has {room} left; writes fail when it is full")),
-            Change::Back => events.note("space-back", subject, format!("its volume has {room} again")),
-        }
-    })
 }
 
 impl Handler for Admin {

@@ -323,6 +323,9 @@ impl Parents<'_> {
         push: &mut dyn FnMut(Extent) -> Result<()>,
     ) -> Result<()> {
         let layer = &self.layers[depth];
+        if let Layer::Image(image) = layer {
+            image.check_inside(offset..offset + (run.end - run.start))?;
+        }
         let mut at = run.start;
         while at < run.end {
             let file_at = offset + (at - run.start);

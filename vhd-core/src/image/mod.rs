@@ -241,6 +241,12 @@ impl Image {
         Error::io(error, format!("can't be read at {offset:#x}")).at(&self.path)
     }
 
+    /// Refuses a range of the file that it does not have, as a read does: beyond its end is no hole, what was there is lost.
+    pub(crate) fn check_inside(&self, range: Range<u64>) -> Result<()> {
+        let is_inside = range.end <= self.file_len.load(Ordering::Relaxed);
+        if is_inside { Ok(()) } else { Err(self.read_error(io::ErrorKind::UnexpectedEof.into(), range.start)) }
+    }
+
     /// Counts a completed write, so that the next flush knows of it.
     fn note_completed(&self) {
         self.completed.fetch_add(1, Ordering::SeqCst);

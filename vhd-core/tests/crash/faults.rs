@@ -16,7 +16,7 @@ use vhd_testkit::history::History;
 use vhd_testkit::tagged::Tag;
 
 use vhd_testkit::session::setups;
-use vhd_testkit::session::{SECTOR, Setup, open, read_all, sector, writable};
+use vhd_testkit::session::{SECTOR, Setup, open, read_all, writable};
 
 /// Calls of the client, in order: each of writes, flushes and discards at least once where it allocates, fills and frees.
 const CALLS: [Call; 9] = [
@@ -77,9 +77,7 @@ impl Client {
         let storage = Arc::new(MemoryStorage::new(bytes));
         let disk = open(Arc::clone(&storage) as _, setup, &OpenOptions::default()).unwrap();
         let found = read_all(&disk).unwrap();
-        for lba in 0..disk.size() / SECTOR as u64 {
-            self.history.judge(lba, &sector(&found, lba), usize::MAX).unwrap_or_else(|error| panic!("{what}: {error}"));
-        }
+        self.history.judge_disk(&found, usize::MAX).unwrap_or_else(|error| panic!("{what}: {error}"));
         let report = check(&*storage, Path::new("leaf.vhd"), &CheckOptions::default()).unwrap();
         assert!(report.findings.iter().all(|finding| finding.severity < Severity::Error), "{what}: {:?}", report.findings);
         drop(open(storage, setup, &writable()).unwrap());
@@ -87,10 +85,8 @@ impl Client {
 }
 
 fn start(setup: &Setup, storage: &Arc<FaultStorage>) -> (Result<Disk, Error>, Client) {
-    let mut client = Client { history: History::default(), now: 0, errors: Vec::new() };
     let before = open(Arc::new(MemoryStorage::new(setup.image.clone())), setup, &OpenOptions::default()).unwrap();
-    let before = read_all(&before).unwrap();
-    (0..(before.len() / SECTOR) as u64).for_each(|lba| client.history.set_initial(lba, sector(&before, lba)));
+    let client = Client { history: History::of(&read_all(&before).unwrap()), now: 0, errors: Vec::new() };
     (open(Arc::clone(storage) as _, setup, &writable()), client)
 }
 

@@ -162,10 +162,7 @@ fn recorded(setup: &Setup, seed: u64) -> Run {
     let journal = Journal::new();
     let storage = Arc::new(RecordingStorage::new(setup.image.clone(), 0, &journal));
     let disk = open(storage, setup, &writable()).unwrap();
-    let mut history = History::default();
-    let before = read_all(&disk).unwrap();
-    (0..disk.size() / 512).for_each(|lba| history.set_initial(lba, sector(&before, lba)));
-    let history = Mutex::new(history);
+    let history = Mutex::new(History::of(&read_all(&disk).unwrap()));
     run_threads(&disk, seed, 12, Some((&journal, &history)));
     // The close is not noted: what it makes durable is permitted either way.
     drop(disk);

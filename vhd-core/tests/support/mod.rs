@@ -78,11 +78,3 @@ pub fn assert_error(error: &Error, kind: ErrorKind, says: &str) {
     assert!(!text.chars().any(char::is_control), "{text:?} is not one line");
     assert!(text.contains(says), "{text:?} does not say {says:?}");
 }
-
-/// Says past the test harness, which hides the output of tests that pass, that something was not tested; where
-/// `CI=true` that is a failure.
-pub fn skip(why: &str) {
-    use std::io::Write;
-    assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "{why}");
-    let _ = writeln!(std::io::stderr(), "SKIPPED: {why}");
-}

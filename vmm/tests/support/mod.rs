@@ -4,8 +4,7 @@
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use vhd_core::LiveDisk;
@@ -13,6 +12,8 @@ use vhd_core::chain::{ChainOptions, ChildOptions, create_child};
 use vhd_core::image::OpenOptions;
 use vhd_service::events::Events;
 use vhd_testkit::fixture::{FixtureSpec, Kind, Layout};
+#[allow(unused_imports, reason = "each test program uses a part")]
+pub use vhd_testkit::machine::kvm;
 use vhd_vmm::loader::Boot;
 use vhd_vmm::machine::{Definition, Machine, MachineDisk, SharedConsole, State};
 use vhd_vmm::virtio::block::BlockOptions;
@@ -20,37 +21,9 @@ use vhd_vmm::virtio::block::BlockOptions;
 /// Nothing takes longer, even on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Whether machines can run here. Where `CI=true` they must.
-pub fn kvm() -> bool {
-    let found = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-    if let Err(error) = &found {
-        assert!(std::env::var("CI").as_deref() != Ok("true"), "/dev/kvm: {error}");
-        let _ = writeln!(io::stderr(), "SKIPPED: /dev/kvm can't be opened: {error}");
-    }
-    found.is_ok()
-}
-
 /// The test guest: an ELF file.
 pub fn guest() -> &'static Path {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/main.rs");
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        // Each test program builds its own, so that none waits for another: a second or two.
-        let name = std::env::current_exe().unwrap().file_name().unwrap().to_string_lossy().into_owned();
-        let (passing, built) = (folder.join(format!("guest-{}", std::process::id())), folder.join(format!("guest-of-{name}")));
-        let link = "-nostartfiles -nostdlib -static -no-pie -Wl,--image-base=0x200000,-e,_start,--build-id=none";
-        let output = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
-            .args(["--edition", "2024", "--crate-type", "bin", "-C", "panic=abort", "-C", "opt-level=2"])
-            .args(["-C", "relocation-model=static", "-C", &format!("link-args={link}"), "-o"])
-            .arg(&passing)
-            .arg(&source)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        std::fs::rename(&passing, &built).unwrap();
-        built
-    })
+    vhd_testkit::machine::guest(Path::new(env!("CARGO_TARGET_TMPDIR")))
 }
 
 /// What a guest has said.
