@@ -104,7 +104,7 @@ fn sessions_of_one_user_leave_places_for_another() {
     server.stop();
 }
 
-/// Requests that wait for the disk wait behind those of their own peer.
+/// Requests that wait for the disk wait behind those of their own peer, and a flush goes to all who wait for one.
 #[test]
 fn a_flood_of_durable_writes_leaves_another_machine_served() {
     let folder = folder_with_disk("64M");
@@ -112,9 +112,12 @@ fn a_flood_of_durable_writes_leaves_another_machine_served() {
     const EACH: usize = 60;
     let mut greedy: Vec<_> = (0..60).map(|_| Wire::open_from(GREEDY, server.port())).collect();
     let mut modest = Wire::open_from(MODEST, server.port());
+    // All of them are there when it begins.
+    server.signal(Signal::SIGSTOP);
     for (number, wire) in greedy.iter_mut().enumerate() {
-        (0..EACH).for_each(|at| wire.write(FUA, 1, (number * EACH + at) as u64 * 4096, &[7; 4096]));
+        (0..EACH).for_each(|at| wire.write(FUA, 1, (number * EACH + at) as u64 * 4096, &[7; 512]));
     }
+    server.signal(Signal::SIGCONT);
     for at in 0..8 {
         assert_eq!(modest.write_error(FUA, at * 4096, &[9; 4096]), 0);
     }
@@ -124,7 +127,6 @@ fn a_flood_of_durable_writes_leaves_another_machine_served() {
         let mut replies = [0; EACH * 16];
         answered += wire.stream.read(&mut replies).unwrap_or(0) / 16;
     }
-    // How many depends on the disk: one that syncs fast is done with all before the other asks.
     println!("{answered} of the other's requests went first");
     drop(greedy);
     server.stop();
