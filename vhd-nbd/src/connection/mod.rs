@@ -63,6 +63,9 @@ pub struct Connection<R> {
     batch_bytes: usize,
     /// Requests in a row.
     row: usize,
+    /// Requests since the last one that was waited for, and whether the wait before brought several.
+    came: usize,
+    came_several: bool,
     /// Requests that are not counted yet.
     asked: u64,
     extended: bool,
@@ -95,6 +98,8 @@ pub async fn serve(
         batch: Vec::with_capacity(BATCH),
         batch_bytes: 0,
         row: 0,
+        came: 0,
+        came_several: false,
         asked: 0,
         extended,
     };
@@ -149,6 +154,9 @@ impl<R: AsyncRead + Unpin> Connection<R> {
         let header = request_len(self.extended);
         loop {
             if !self.input.has(header) {
+                if self.take_meanwhile() {
+                    continue;
+                }
                 self.send_batch();
                 if self.input.wait(header).await? == Came::End {
                     return Ok(());
@@ -161,6 +169,7 @@ impl<R: AsyncRead + Unpin> Connection<R> {
                 return Ok(());
             }
             self.asked += 1;
+            self.came += 1;
             self.request(&request).await?;
             if self.batch.len() >= BATCH || self.batch_bytes >= BATCH_BYTES {
                 self.send_batch();
@@ -175,6 +184,18 @@ impl<R: AsyncRead + Unpin> Connection<R> {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
         }
+    }
+
+    /// Takes requests that came while others were done, so that their replies go together. Who asks one thing at a time has
+    /// nothing more to say before the reply, and is not looked for.
+    fn take_meanwhile(&mut self) -> bool {
+        let several = self.came > 1;
+        let outbox = &self.work.outbox;
+        if !self.batch.is_empty() && (several || self.came_several) && self.input.take(|window| outbox.read_meanwhile(window)) {
+            return true;
+        }
+        (self.came, self.came_several) = (0, several);
+        false
     }
 
     async fn request(&mut self, request: &Request) -> io::Result<()> {
