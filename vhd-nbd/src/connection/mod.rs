@@ -35,6 +35,8 @@ const BATCH_BYTES: usize = PIECE;
 /// go first wakes another thread to look for them, so it must not be often.
 const ROW: usize = 512;
 const COUNTS_ONE_MORE: usize = 16 << 10;
+/// Payloads up to this many bytes are looked for before the replies go that wait.
+const SHORT: usize = 16 << 10;
 /// Payload that is thrown away so as to go on after a bad request. More than that is no mistake.
 const MAX_DISCARD: u64 = 1 << 32;
 /// How long a client may take for its last replies after it has ended the session.
@@ -190,12 +192,16 @@ impl<R: AsyncRead + Unpin> Connection<R> {
     /// nothing more to say before the reply, and is not looked for.
     fn take_meanwhile(&mut self) -> bool {
         let several = self.came > 1;
-        let outbox = &self.work.outbox;
-        if !self.batch.is_empty() && (several || self.came_several) && self.input.take(|window| outbox.read_meanwhile(window)) {
+        if !self.batch.is_empty() && (several || self.came_several) && self.look_for_more() {
             return true;
         }
         (self.came, self.came_several) = (0, several);
         false
+    }
+
+    fn look_for_more(&mut self) -> bool {
+        let outbox = &self.work.outbox;
+        self.input.take(|window| outbox.read_meanwhile(window))
     }
 
     async fn request(&mut self, request: &Request) -> io::Result<()> {
@@ -308,6 +314,10 @@ impl<R: AsyncRead + Unpin> Connection<R> {
             return self.write_long(request, ticket).await;
         }
         let mut buffer = self.pool.take(len);
+        // Most clients send it right after the header, with another call.
+        if !self.input.has(len) && len <= SHORT {
+            self.look_for_more();
+        }
         if !self.input.has(len) {
             self.send_batch();
         }
