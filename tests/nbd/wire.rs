@@ -118,6 +118,8 @@ pub fn tcp_from(host: u8, port: u16) -> UnixStream {
     let address = |host, port| SocketAddr::from(([127, 0, 0, host], port)).into();
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     socket.bind(&address(host, 0)).unwrap();
+    // A payload is sent after its header, and would wait for that to be acknowledged.
+    socket.set_tcp_nodelay(true).unwrap();
     socket.connect(&address(1, port)).unwrap();
     OwnedFd::from(socket).into()
 }

@@ -172,6 +172,18 @@ impl Error {
     }
 }
 
+/// For all who waited for what failed. Of a failure of the host that has no number the text is kept.
+impl Clone for Error {
+    fn clone(&self) -> Self {
+        let Inner { kind, path, message, source } = &*self.0;
+        let (message, source) = match (source, self.raw_os_error()) {
+            (Some(source), None) => (format!("{message}: {source}"), None),
+            (_, code) => (message.clone(), code.map(io::Error::from_raw_os_error)),
+        };
+        Self(Box::new(Inner { kind: *kind, path: path.clone(), message, source }))
+    }
+}
+
 /// Text as one line that does nothing to a terminal: paths come from images, too.
 fn visible(text: &str) -> String {
     text.chars().map(|letter| if letter.is_control() { char::REPLACEMENT_CHARACTER } else { letter }).collect()

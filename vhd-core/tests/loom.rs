@@ -1,15 +1,22 @@
-//! Goal: space is given out again only when nobody uses it any more, in every interleaving of readers and the one who
-//! frees. Method: loom runs the module of the core with atomics of its own.
+//! Goal: space is given out again only when nobody uses it any more, and a flush covers what was written before it, is shared by
+//! those who wait and keeps nobody waiting for those who come later; all in every interleaving. Method: loom runs modules of the
+//! core with atomics and locks of its own.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't go on fails here")]
 
-use loom::sync::Arc;
+use std::sync::PoisonError;
+
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
 use loom::thread;
 
+#[path = "../src/image/flushes.rs"]
+#[allow(dead_code, reason = "not all of it is tried here")]
+mod flushes;
 #[path = "../src/image/grace.rs"]
 mod grace;
 
+use flushes::Flushes;
 use grace::Grace;
 
 /// A slot that a block's entry leads to, until it is freed and used again.
@@ -91,4 +98,142 @@ fn it_passes_once_all_have_ended_and_an_endless_stream_does_not_starve_it() {
         }
         assert!(passed);
     });
+}
+
+/// An image that is written and flushed, as `commit.rs` does it.
+struct Flushed {
+    flushes: Flushes<u64>,
+    completed: AtomicU64,
+    durable: AtomicU64,
+    /// Syncs that began.
+    syncs: AtomicU64,
+    syncing: AtomicBool,
+    /// The one that fails.
+    fails: u64,
+}
+
+impl Flushed {
+    fn new(fails: u64) -> Arc<Self> {
+        let (completed, durable, syncs, syncing) = Default::default();
+        Arc::new(Self { flushes: Flushes::new(), completed, durable, syncs, syncing, fails })
+    }
+
+    /// Writes something. (Adding nothing is how to see the newest value: to loom a load may be older, whatever its order.)
+    fn write(&self) -> Written {
+        let target = self.completed.fetch_add(1, Ordering::SeqCst) + 1;
+        Written { target, syncs: self.syncs.fetch_add(0, Ordering::SeqCst) }
+    }
+
+    /// Makes it durable, or says which sync failed. `arrive` is called when it is known that this wants a flush, `wait` is
+    /// what a sync waits for.
+    fn flush(&self, written: &Written, arrive: impl Fn(), wait: impl Fn(u64)) -> Result<(), u64> {
+        let is_covered = || self.durable.load(Ordering::SeqCst) >= written.target;
+        let look = || {
+            arrive();
+            is_covered()
+        };
+        let flushed = self.flushes.flush(look, || {
+            let sync = self.syncs.fetch_add(1, Ordering::SeqCst) + 1;
+            let completed = self.completed.fetch_add(0, Ordering::SeqCst);
+            assert!(!self.syncing.swap(true, Ordering::SeqCst), "one at a time");
+            wait(sync);
+            self.syncing.store(false, Ordering::SeqCst);
+            if sync == self.fails {
+                return Err(sync);
+            }
+            self.durable.store(completed, Ordering::SeqCst);
+            Ok(())
+        });
+        assert!(flushed.is_err() || is_covered(), "what was written before is durable");
+        flushed
+    }
+}
+
+/// A write that was completed.
+struct Written {
+    target: u64,
+    /// Syncs that had begun then.
+    syncs: u64,
+}
+
+/// Something that happens once.
+#[derive(Default)]
+struct Event(Mutex<bool>, Condvar);
+
+impl Event {
+    fn happen(&self) {
+        *self.0.lock().unwrap() = true;
+        self.1.notify_all();
+    }
+
+    fn wait(&self) {
+        let mut happened = self.0.lock().unwrap();
+        while !*happened {
+            happened = self.1.wait(happened).unwrap();
+        }
+    }
+}
+
+/// One flushes again and again. Another's flush is answered after the first sync that began after its write: the next one
+/// waits for the answer, so that all would stand still if it were the other way round.
+#[test]
+fn a_flush_waits_for_the_one_under_way_and_the_next_and_for_none_that_others_want_later() {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
+        let image = Flushed::new(0);
+        let (answered, begun) = (Arc::new(Event::default()), Arc::new(AtomicU64::new(u64::MAX)));
+        let modest = {
+            let (image, answered, begun) = (Arc::clone(&image), Arc::clone(&answered), Arc::clone(&begun));
+            thread::spawn(move || {
+                let written = image.write();
+                begun.store(written.syncs, Ordering::SeqCst);
+                image.flush(&written, || (), |_| ()).unwrap();
+                answered.happen();
+            })
+        };
+        for _ in 0..3 {
+            let wait = |sync| {
+                if sync > begun.fetch_add(0, Ordering::SeqCst).saturating_add(1) {
+                    answered.wait();
+                }
+            };
+            image.flush(&image.write(), || (), wait).unwrap();
+        }
+        modest.join().unwrap();
+    });
+}
+
+/// While one is under way two more come.
+#[test]
+fn those_who_wait_share_the_next_flush_and_its_failure() {
+    for fails in [0, 1, 2] {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(2);
+        model.check(move || {
+            let (image, arrived) = (Flushed::new(fails), Arc::new([(), (), ()].map(|()| Event::default())));
+            let write = |image: &Flushed, arrived: &[Event; 3], who: usize| {
+                let written = image.write();
+                let wait = |sync| {
+                    if sync == 1 {
+                        arrived.iter().for_each(Event::wait);
+                    }
+                };
+                (image.flush(&written, || arrived[who].happen(), wait), written.syncs)
+            };
+            let others = [1, 2].map(|who| {
+                let (image, arrived) = (Arc::clone(&image), Arc::clone(&arrived));
+                thread::spawn(move || write(&image, &arrived, who))
+            });
+            let mut all = vec![write(&image, &arrived, 0)];
+            all.extend(others.map(|other| other.join().unwrap()));
+            let syncs = image.syncs.load(Ordering::SeqCst);
+            assert!(syncs <= 2, "{syncs} syncs");
+            for (result, before) in &all {
+                assert!(result.is_ok() || *before < fails, "who wrote after the sync that failed began is not told");
+            }
+            let told = all.iter().filter(|(result, _)| result.is_err()).count();
+            assert_eq!(told > 0, (1..=syncs).contains(&fails), "a failure is told");
+        });
+    }
 }

@@ -8,8 +8,8 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 
 use super::bat::Entry;
 use super::bitmap::Bitmap;
@@ -111,19 +111,16 @@ impl Image {
         }
         self.check_latch()?;
         let target = self.completed.load(Ordering::SeqCst);
-        if self.durable.load(Ordering::SeqCst) >= target {
+        let covered = || self.durable.load(Ordering::SeqCst) >= target;
+        if covered() {
             return Ok(());
         }
-        let _one = self.flush.lock().unwrap_or_else(PoisonError::into_inner);
-        self.check_latch()?;
-        // Another flush that began after our writes may have made them durable while we waited.
-        if self.durable.load(Ordering::SeqCst) >= target {
-            return Ok(());
-        }
-        self.flush_locked()
+        self.flushes.flush(covered, || self.flush_alone())
     }
 
-    fn flush_locked(&self) -> Result<()> {
+    /// A flush, of whoever has the turn.
+    fn flush_alone(&self) -> Result<()> {
+        self.check_latch()?;
         let completed = self.completed.load(Ordering::SeqCst);
         let work = match &self.sparse {
             None => None,
@@ -323,7 +320,7 @@ impl Image {
     /// Cuts the file behind its last block, with the footer at its new place. A power cut may leave the length without the
     /// footer, as when the file grows; closing returns when both are durable.
     fn trim(&self) -> Result<()> {
-        let _one = self.flush.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.flushes.turn();
         let mut meta = self.meta();
         if !meta.grown || self.latch.get().is_some() {
             return Ok(());

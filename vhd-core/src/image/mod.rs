@@ -5,7 +5,7 @@
 //! `read`, `write` and `zero` serve requests; `commit` makes them durable in the order that
 //! `docs/crash-consistency.md` gives. Only `write` and `zero` change BAT entries in memory, only `commit` in the file.
 //!
-//! Locks, in the order in which they are taken: a block's stripe, the flush lock, the metadata lock, a bitmap
+//! Locks, in the order in which they are taken: a block's stripe, the turn to flush, the metadata lock, a bitmap
 //! shard. Data moves under none but the stripe, and that shared; of these, readers take the shard only, to look
 //! a sector bitmap up.
 
@@ -15,6 +15,7 @@ mod bitmap;
 mod blocks;
 mod commit;
 mod create;
+mod flushes;
 mod footers;
 mod grace;
 mod open;
@@ -31,7 +32,7 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 pub(crate) use blocks::Blocks;
 pub(crate) use create::locator_texts;
@@ -44,6 +45,7 @@ pub use zero::ZeroMode;
 use self::bat::{Bat, Entry};
 use self::bitmap::BitmapCache;
 use self::commit::Meta;
+use self::flushes::Flushes;
 use self::grace::Grace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Batmap, DynamicHeader, Footer};
@@ -112,8 +114,8 @@ pub struct Image {
     sparse: Option<Sparse>,
     /// What the file's metadata still has to learn; see `commit`.
     meta: Mutex<Meta>,
-    /// Held by the one flush that is under way.
-    flush: Mutex<()>,
+    /// The turn of the one flush that is under way.
+    flushes: Flushes<Error>,
     /// Counts writes that were completed.
     completed: AtomicU64,
     /// The count of completed writes that is known to be durable.

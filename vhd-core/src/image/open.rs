@@ -9,6 +9,7 @@ use super::background::Flusher;
 use super::bat::Bat;
 use super::bitmap::BitmapCache;
 use super::commit::Meta;
+use super::flushes::Flushes;
 use super::footers::{Authority, Footers};
 use super::prepare::{check_metadata, footer_place, free_ranges, mend, mend_fixed, scan_blocks};
 use super::{Image, Sparse};
@@ -134,7 +135,7 @@ fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result
         warnings: found.warnings,
         sparse,
         meta: Mutex::new(meta),
-        flush: Mutex::new(()),
+        flushes: Flushes::new(),
         completed: AtomicU64::new(0),
         durable: AtomicU64::new(0),
         latch: OnceLock::new(),

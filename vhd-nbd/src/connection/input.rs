@@ -59,10 +59,7 @@ impl<R: AsyncRead + Unpin> Input<R> {
     /// # Errors
     /// As the stream fails, or ends in the middle of them.
     pub async fn wait(&mut self, len: usize) -> io::Result<Came> {
-        if self.start > 0 {
-            self.window.copy_within(self.start..self.end, 0);
-            (self.start, self.end) = (0, self.end - self.start);
-        }
+        self.make_room();
         while self.end < len {
             let room = if self.long { len } else { self.window.len() };
             let read = self.stream.read(&mut self.window[self.end..room]);
@@ -78,6 +75,24 @@ impl<R: AsyncRead + Unpin> Input<R> {
             }
         }
         Ok(Came::All)
+    }
+
+    fn make_room(&mut self) {
+        if self.start > 0 {
+            self.window.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+    }
+
+    /// Takes what `read` has without waiting, where requests are read ahead. False when it has nothing.
+    pub fn take(&mut self, read: impl FnOnce(&mut [u8]) -> usize) -> bool {
+        if self.long {
+            return false;
+        }
+        self.make_room();
+        let count = read(&mut self.window[self.end..]);
+        self.end += count;
+        count > 0
     }
 
     /// True when a payload is there as a whole.

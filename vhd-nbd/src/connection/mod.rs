@@ -35,6 +35,8 @@ const BATCH_BYTES: usize = PIECE;
 /// go first wakes another thread to look for them, so it must not be often.
 const ROW: usize = 512;
 const COUNTS_ONE_MORE: usize = 16 << 10;
+/// Payloads up to this many bytes are looked for before the replies go that wait.
+const SHORT: usize = 16 << 10;
 /// Payload that is thrown away so as to go on after a bad request. More than that is no mistake.
 const MAX_DISCARD: u64 = 1 << 32;
 /// How long a client may take for its last replies after it has ended the session.
@@ -63,6 +65,9 @@ pub struct Connection<R> {
     batch_bytes: usize,
     /// Requests in a row.
     row: usize,
+    /// Requests since the last one that was waited for, and whether the wait before brought several.
+    came: usize,
+    came_several: bool,
     /// Requests that are not counted yet.
     asked: u64,
     extended: bool,
@@ -95,6 +100,8 @@ pub async fn serve(
         batch: Vec::with_capacity(BATCH),
         batch_bytes: 0,
         row: 0,
+        came: 0,
+        came_several: false,
         asked: 0,
         extended,
     };
@@ -149,6 +156,9 @@ impl<R: AsyncRead + Unpin> Connection<R> {
         let header = request_len(self.extended);
         loop {
             if !self.input.has(header) {
+                if self.take_meanwhile() {
+                    continue;
+                }
                 self.send_batch();
                 if self.input.wait(header).await? == Came::End {
                     return Ok(());
@@ -161,6 +171,7 @@ impl<R: AsyncRead + Unpin> Connection<R> {
                 return Ok(());
             }
             self.asked += 1;
+            self.came += 1;
             self.request(&request).await?;
             if self.batch.len() >= BATCH || self.batch_bytes >= BATCH_BYTES {
                 self.send_batch();
@@ -175,6 +186,22 @@ impl<R: AsyncRead + Unpin> Connection<R> {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
         }
+    }
+
+    /// Takes requests that came while others were done, so that their replies go together. Who asks one thing at a time has
+    /// nothing more to say before the reply, and is not looked for.
+    fn take_meanwhile(&mut self) -> bool {
+        let several = self.came > 1;
+        if !self.batch.is_empty() && (several || self.came_several) && self.look_for_more() {
+            return true;
+        }
+        (self.came, self.came_several) = (0, several);
+        false
+    }
+
+    fn look_for_more(&mut self) -> bool {
+        let outbox = &self.work.outbox;
+        self.input.take(|window| outbox.read_meanwhile(window))
     }
 
     async fn request(&mut self, request: &Request) -> io::Result<()> {
@@ -287,6 +314,10 @@ impl<R: AsyncRead + Unpin> Connection<R> {
             return self.write_long(request, ticket).await;
         }
         let mut buffer = self.pool.take(len);
+        // Most clients send it right after the header, with another call.
+        if !self.input.has(len) && len <= SHORT {
+            self.look_for_more();
+        }
         if !self.input.has(len) {
             self.send_batch();
         }

@@ -4,11 +4,12 @@
 //! waits for the writing task. So most replies cost no change of tasks, and no reply waits for a reader.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, Read};
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use smallvec::SmallVec;
+use socket2::SockRef;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::{tcp, unix};
 use tokio::sync::Notify;
@@ -74,6 +75,15 @@ impl Direct {
         match self {
             Self::Tcp(socket) => socket.try_write_vectored(slices),
             Self::Unix(socket) => socket.try_write_vectored(slices),
+        }
+    }
+
+    /// Bytes that came, where there are some already.
+    fn try_read(&self, buf: &mut [u8]) -> io::Result<usize> {
+        // Not as tokio does it: that knows of what comes only after it asked the system for all sockets.
+        match self {
+            Self::Tcp(socket) => (&*SockRef::from(socket.as_ref())).read(buf),
+            Self::Unix(socket) => (&*SockRef::from(socket.as_ref())).read(buf),
         }
     }
 
@@ -155,6 +165,12 @@ impl Outbox {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What came meanwhile by the socket that replies go to; nothing where it would have to be waited for. The end and errors
+    /// of the socket are found by the next who waits.
+    pub fn read_meanwhile(&self, buf: &mut [u8]) -> usize {
+        self.direct.as_ref().and_then(|direct| direct.try_read(buf).ok()).unwrap_or(0)
     }
 
     /// Sends replies, or puts them to those that wait.

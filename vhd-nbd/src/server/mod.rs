@@ -180,6 +180,8 @@ impl Server {
 fn runtime() -> io::Result<Runtime> {
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let mut builder = Builder::new_multi_thread();
+    // Who has something to ask is looked for after a few of the others' steps: each is a request or more.
+    builder.event_interval(8);
     builder.worker_threads(cores.max(2)).max_blocking_threads(DISK_THREADS).thread_name("vhd-nbd").enable_all();
     builder.build()
 }
