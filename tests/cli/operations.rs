@@ -65,8 +65,15 @@ fn repair_says_what_it_does_and_is_taken_back() {
     assert!(done(dir, "check disk.vhd --repair").contains("--undo-repair"));
     done(dir, "check disk.vhd");
     assert_eq!(done(dir, "read disk.vhd --offset 0 --length 4"), "data");
-    done(dir, "check disk.vhd --undo-repair");
-    assert!(fs::read(dir.join("disk.vhd")).unwrap() == bytes);
+    // What was written since where the repair wrote is not overwritten unasked.
+    expect(vhd_fed(dir, "write disk.vhd --offset 3M", b"more"), 0, "write");
+    let written = fs::read(dir.join("disk.vhd")).unwrap();
+    let told = refused(dir, "check disk.vhd --undo-repair");
+    assert!(told.contains("disk.vhd: has ") && told.contains("--force"), "{told}");
+    assert!(fs::read(dir.join("disk.vhd")).unwrap() == written);
+    done(dir, "check disk.vhd --undo-repair --force");
+    assert!(fs::read(dir.join("disk.vhd")).unwrap()[end..] == bytes[end..]);
+    fs::write(dir.join("disk.vhd"), &bytes).unwrap();
     // A BAT entry that leads nowhere is given up by --repair=all alone.
     bytes[1536..1540].copy_from_slice(&[0, 255, 255, 255]);
     fs::write(dir.join("disk.vhd"), &bytes).unwrap();

@@ -277,7 +277,10 @@ fn what_a_repair_writes_beyond_the_end_of_the_file_is_no_error() {
 /// footers say 0; and of a file that is a footer alone nothing is left.
 fn is_hopeless(bytes: &[u8], repair: &Repair) -> bool {
     let is_footer = |from: usize| bytes.get(from..).is_some_and(|rest| rest.starts_with(b"conectix"));
-    let has_footer = [0, bytes.len().saturating_sub(512), bytes.len().saturating_sub(511)].into_iter().any(is_footer);
+    // A first sector that says neither what the disk is nor where its header is may be a guest's.
+    let leads = bytes.get(16..24) == Some(&512_u64.to_be_bytes()) || matches!(bytes.get(60..64), Some([0, 0, 0, 3 | 4]));
+    let has_footer =
+        (is_footer(0) && leads) || [bytes.len().saturating_sub(512), bytes.len().saturating_sub(511)].into_iter().any(is_footer);
     (!has_footer && repair.changes.is_empty())
         || bytes.len() < 1024
         || repair.after.iter().any(|finding| finding.code == Code::SizeZero)
@@ -292,6 +295,14 @@ fn a_size_that_was_damaged_does_not_make_the_file_grow() {
     refresh_checksums(&mut bytes);
     let (repair, repaired) = planned(&bytes, RepairMode::All);
     assert!(repair.ok() && repaired.len() == len, "{repair:?}, {} bytes", repaired.len());
+}
+
+/// Found by the property above: the header and the trailing footer are none, and the copy has lost its type and where it leads.
+#[test]
+fn a_footer_copy_that_may_be_a_guests_is_not_taken_for_one() {
+    let edits =
+        [(1_347_404_777, 1_283_935_552, 0, false), (1_332_768_316, 3_086_510_699, 1, true), (4_131_054_091, 1_664_215_388, 0, true)];
+    judge_mutated(1, &edits, false, 2).unwrap();
 }
 
 fn case_named(name: &str) -> Case {
