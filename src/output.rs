@@ -1,5 +1,6 @@
 //! What a run prints: text or JSON on stdout, progress, notes and errors on stderr; and how it ends.
 
+use std::cell::OnceCell;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
@@ -55,6 +56,8 @@ pub struct Context {
     quiet: bool,
     force_progress: bool,
     interrupted: Arc<AtomicBool>,
+    /// What was done before something could not be: it stands in JSON beside the error.
+    done: OnceCell<serde_json::Value>,
 }
 
 impl Context {
@@ -77,7 +80,18 @@ impl Context {
             .with_target(false);
         // A log that can't be written, as on a full volume, is no reason to fail.
         let _ = log.log_internal_errors(false).try_init();
-        Self { json: global.json, quiet: global.quiet, force_progress: global.progress, interrupted: Arc::default() }
+        let (json, quiet, force_progress) = (global.json, global.quiet, global.progress);
+        Self { json, quiet, force_progress, interrupted: Arc::default(), done: OnceCell::new() }
+    }
+
+    /// As [`Context::print`], for a command that fails now, of what it had done until then. The failure counts for more than
+    /// an output that can't be written.
+    pub fn print_done(&self, text: &str, document: &impl serde::Serialize) {
+        if self.json {
+            let _ = serde_json::to_value(document).map(|document| self.done.set(document));
+        } else {
+            let _ = write_stdout(text.as_bytes());
+        }
     }
 
     /// Prints text, or the document in its place with `--json`.
@@ -196,7 +210,11 @@ pub fn report_failure(context: &Context, failure: &Error) -> ExitCode {
             "file": failure.path().map(ShownPath),
             "message": failure.message(),
         });
-        let _ = write_json(&serde_json::json!({ "error": error }));
+        let mut document = serde_json::json!({ "error": error });
+        if let Some(done) = context.done.get() {
+            document["done"] = done.clone();
+        }
+        let _ = write_json(&document);
     } else {
         eprintln!("vhd: {failure}");
     }

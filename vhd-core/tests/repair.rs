@@ -300,8 +300,11 @@ fn a_size_that_was_damaged_does_not_make_the_file_grow() {
 /// Found by the property above: the header and the trailing footer are none, and the copy has lost its type and where it leads.
 #[test]
 fn a_footer_copy_that_may_be_a_guests_is_not_taken_for_one() {
-    let edits =
-        [(1_347_404_777, 1_283_935_552, 0, false), (1_332_768_316, 3_086_510_699, 1, true), (4_131_054_091, 1_664_215_388, 0, true)];
+    let edits = [
+        (1_347_404_777, 1_283_935_552, 0, false),
+        (1_332_768_316, 3_086_510_699, 1, true),
+        (4_131_054_091, 1_664_215_388, 0, true),
+    ];
     judge_mutated(1, &edits, false, 2).unwrap();
 }
 

@@ -212,9 +212,8 @@ fn changed_since(storage: &dyn Storage, head: &Head) -> Result<Option<String>> {
     if len != after {
         return Ok(Some(format!("has {len} bytes, {after} after the repair")));
     }
-    let other = |range: Range<u64>| {
-        Ok(Some(format!("no longer has what the repair left from {:#x} to {:#x}", range.start, range.end)))
-    };
+    let other =
+        |range: Range<u64>| Ok(Some(format!("no longer has what the repair left from {:#x} to {:#x}", range.start, range.end)));
     // What was added and not written was zeros, as a gap before a block.
     let mut added = before;
     for &(at, len, crc) in &head.written {
