@@ -189,6 +189,47 @@ pub fn write_json(document: &impl serde::Serialize) -> Result<(), Error> {
     write_stdout(text.as_bytes())
 }
 
+/// Pieces of an answer that are kept in memory.
+const MOST_KEPT: usize = 100_000;
+
+/// What finds the pieces of an answer.
+pub type Walk<'a, T> = &'a dyn Fn(&mut dyn FnMut(T) -> Result<(), Error>) -> Result<(), Error>;
+
+/// An answer of which all pieces were found once, so that an error comes before the first of them is printed.
+pub struct Found<'a, T> {
+    walk: Walk<'a, T>,
+    /// None where there are more than memory should hold: they are found once more.
+    kept: Option<Vec<T>>,
+}
+
+impl<'a, T> Found<'a, T> {
+    pub fn of(walk: Walk<'a, T>) -> Result<Self, Error> {
+        let (mut kept, mut count) = (Vec::new(), 0);
+        walk(&mut |piece| {
+            count += 1;
+            if count <= MOST_KEPT {
+                kept.push(piece);
+            }
+            Ok(())
+        })?;
+        Ok(Self { walk, kept: (count <= MOST_KEPT).then_some(kept) })
+    }
+
+    /// Calls `visit` with each piece.
+    pub fn each(self, visit: &mut dyn FnMut(T) -> Result<(), Error>) -> Result<(), Error> {
+        match self.kept {
+            Some(kept) => kept.into_iter().try_for_each(visit),
+            None => (self.walk)(visit),
+        }
+    }
+}
+
+/// Writes an entry of a JSON array that is written piece by piece.
+pub fn write_entry(out: &mut impl Write, entry: &impl serde::Serialize, first: bool) -> io::Result<()> {
+    out.write_all(if first { b"\n  " } else { b",\n  " })?;
+    serde_json::to_writer(out, entry).map_err(io::Error::from)
+}
+
 fn write_stdout(bytes: &[u8]) -> Result<(), Error> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(output_error)
