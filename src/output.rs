@@ -241,7 +241,7 @@ pub fn output_error(error: io::Error) -> Error {
 }
 
 /// Says why a command could not be done. A reader that closed the pipe had enough: that is success.
-pub fn report_failure(context: &Context, failure: &Error) -> ExitCode {
+pub fn report_failure(context: &Context, failure: Error) -> ExitCode {
     if failure.raw_os_error() == Some(nix::libc::EPIPE) {
         return ExitCode::SUCCESS;
     }
@@ -257,6 +257,11 @@ pub fn report_failure(context: &Context, failure: &Error) -> ExitCode {
         }
         let _ = write_json(&document);
     } else {
+        let short = failure.path().map(|path| from_here(path).to_string()).filter(|short| !short.is_empty());
+        let failure = match short {
+            Some(short) => failure.about(Path::new(&short)),
+            None => failure,
+        };
         eprintln!("vhd: {failure}");
     }
     ExitCode::from(2)

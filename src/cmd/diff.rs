@@ -6,9 +6,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use vhd_core::Error;
 use vhd_core::chain::Chain;
 use vhd_core::ops::diff::diff;
+use vhd_core::{Error, ErrorKind};
 
 use super::ChainArgs;
 use crate::output::{Answer, Context, Found, output_error, write_entry};
@@ -32,10 +32,22 @@ struct Entry {
 }
 
 impl DiffArgs {
+    /// Who named the images the other way round learns that.
+    fn with_order(&self, error: Error) -> Error {
+        let is_other_way = error.kind() == ErrorKind::InvalidInput
+            && Chain::open(&self.old, &self.open.options(false, false))
+                .is_ok_and(|chain| diff(&chain, &self.new, &mut |_| Ok(())).is_ok());
+        if !is_other_way {
+            return error;
+        }
+        let message = format!("came after {}: name the older image first", self.new.display());
+        Error::new(ErrorKind::InvalidInput, message).at(&self.old)
+    }
+
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         let chain = Chain::open(&self.new, &self.open.options(false, false))?;
         let walk = |visit: &mut dyn FnMut(Range<u64>) -> Result<(), Error>| diff(&chain, &self.old, visit);
-        let found = Found::of(&walk)?;
+        let found = Found::of(&walk).map_err(|error| self.with_order(error))?;
         let mut out = BufWriter::with_capacity(64 << 10, io::stdout().lock());
         out.write_all(if context.json { b"[" } else { b"" }).map_err(output_error)?;
         let mut same = true;

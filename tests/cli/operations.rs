@@ -117,6 +117,7 @@ fn dry_runs_of_reparent_and_undo_tell_what_would_be_and_do_nothing() {
     fs::create_dir(dir.join("sub")).unwrap();
     fs::rename(dir.join("base.vhd"), dir.join("sub/base.vhd")).unwrap();
     let before = fs::read(dir.join("disk.vhd")).unwrap();
+    assert!(refused(dir, "reparent sub/base.vhd").contains("is a dynamic disk: it has no parent"));
     assert!(refused(dir, "reparent disk.vhd").contains("--parent-dir"));
     let told = done(dir, "reparent disk.vhd --parent-dir sub --dry-run");
     assert!(told.contains("would become a child of") && told.contains("W2ru .\\sub\\base.vhd"), "{told}");

@@ -77,6 +77,9 @@ pub fn plan_start(images: &[PathBuf], dir: Option<&Path>, chain: &ChainOptions) 
         if undo.exists() {
             return Err(Error::new(ErrorKind::Exists, "exists already: commit or discard that session first").at(&undo));
         }
+        if members.iter().any(|other: &UndoMember| other.image == image) {
+            return Err(Error::new(ErrorKind::InvalidInput, "is named twice").at(&image));
+        }
         if members.iter().any(|other: &UndoMember| other.undo == undo) {
             return Err(Error::new(ErrorKind::InvalidInput, "would be the undo disk of two images").at(&undo));
         }
