@@ -7,7 +7,7 @@ mod sizes;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use crate::cmd::{Command, Helped};
 use crate::output::{Context, report_failure};
@@ -36,8 +36,20 @@ fn main() -> ExitCode {
     let context = Context::new(&cli.global);
     match cli.command.run(&context) {
         Ok(answer) => answer.into(),
-        Err(failure) => report_failure(&context, &failure),
+        Err(failure) => report_failure(&context, failure),
     }
+}
+
+/// The command that the arguments ask for, as far as there is one: `vhd undo start`.
+fn command_named(arguments: impl Iterator<Item = String>) -> String {
+    let (mut command, mut name) = (&Cli::command(), String::from("vhd"));
+    for argument in arguments {
+        let Some(found) = command.find_subcommand(&argument) else { continue };
+        command = found;
+        name.push(' ');
+        name.push_str(&argument);
+    }
+    name
 }
 
 /// Help and version succeed; anything else could not be done, for a reason of one line. With `--json` the reason is JSON.
@@ -57,11 +69,7 @@ fn usage(error: &clap::Error) -> ExitCode {
         // Who asks for nothing wants to know what there is.
         let _ = error.print();
     } else {
-        // "Usage: vhd undo start [OPTIONS] <IMAGES>..."
-        let usage = text.lines().find_map(|line| line.strip_prefix("Usage: ")).unwrap_or("vhd");
-        let is_name = |word: &&str| word.bytes().all(|byte| byte.is_ascii_lowercase());
-        let command: Vec<_> = usage.split_whitespace().take_while(is_name).collect();
-        eprintln!("vhd: {message}; see {} --help", command.join(" "));
+        eprintln!("vhd: {message}; see {} --help", command_named(std::env::args().skip(1)));
     }
     ExitCode::from(2)
 }

@@ -1,5 +1,6 @@
 //! What a run prints: text or JSON on stdout, progress, notes and errors on stderr; and how it ends.
 
+use std::cell::OnceCell;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
@@ -55,6 +56,8 @@ pub struct Context {
     quiet: bool,
     force_progress: bool,
     interrupted: Arc<AtomicBool>,
+    /// What was done before something could not be: it stands in JSON beside the error.
+    done: OnceCell<serde_json::Value>,
 }
 
 impl Context {
@@ -77,7 +80,18 @@ impl Context {
             .with_target(false);
         // A log that can't be written, as on a full volume, is no reason to fail.
         let _ = log.log_internal_errors(false).try_init();
-        Self { json: global.json, quiet: global.quiet, force_progress: global.progress, interrupted: Arc::default() }
+        let (json, quiet, force_progress) = (global.json, global.quiet, global.progress);
+        Self { json, quiet, force_progress, interrupted: Arc::default(), done: OnceCell::new() }
+    }
+
+    /// As [`Context::print`], for a command that fails now, of what it had done until then. The failure counts for more than
+    /// an output that can't be written.
+    pub fn print_done(&self, text: &str, document: &impl serde::Serialize) {
+        if self.json {
+            let _ = serde_json::to_value(document).map(|document| self.done.set(document));
+        } else {
+            let _ = write_stdout(text.as_bytes());
+        }
     }
 
     /// Prints text, or the document in its place with `--json`.
@@ -175,6 +189,47 @@ pub fn write_json(document: &impl serde::Serialize) -> Result<(), Error> {
     write_stdout(text.as_bytes())
 }
 
+/// Pieces of an answer that are kept in memory.
+const MOST_KEPT: usize = 100_000;
+
+/// What finds the pieces of an answer.
+pub type Walk<'a, T> = &'a dyn Fn(&mut dyn FnMut(T) -> Result<(), Error>) -> Result<(), Error>;
+
+/// An answer of which all pieces were found once, so that an error comes before the first of them is printed.
+pub struct Found<'a, T> {
+    walk: Walk<'a, T>,
+    /// None where there are more than memory should hold: they are found once more.
+    kept: Option<Vec<T>>,
+}
+
+impl<'a, T> Found<'a, T> {
+    pub fn of(walk: Walk<'a, T>) -> Result<Self, Error> {
+        let (mut kept, mut count) = (Vec::new(), 0);
+        walk(&mut |piece| {
+            count += 1;
+            if count <= MOST_KEPT {
+                kept.push(piece);
+            }
+            Ok(())
+        })?;
+        Ok(Self { walk, kept: (count <= MOST_KEPT).then_some(kept) })
+    }
+
+    /// Calls `visit` with each piece.
+    pub fn each(self, visit: &mut dyn FnMut(T) -> Result<(), Error>) -> Result<(), Error> {
+        match self.kept {
+            Some(kept) => kept.into_iter().try_for_each(visit),
+            None => (self.walk)(visit),
+        }
+    }
+}
+
+/// Writes an entry of a JSON array that is written piece by piece.
+pub fn write_entry(out: &mut impl Write, entry: &impl serde::Serialize, first: bool) -> io::Result<()> {
+    out.write_all(if first { b"\n  " } else { b",\n  " })?;
+    serde_json::to_writer(out, entry).map_err(io::Error::from)
+}
+
 fn write_stdout(bytes: &[u8]) -> Result<(), Error> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(output_error)
@@ -186,7 +241,7 @@ pub fn output_error(error: io::Error) -> Error {
 }
 
 /// Says why a command could not be done. A reader that closed the pipe had enough: that is success.
-pub fn report_failure(context: &Context, failure: &Error) -> ExitCode {
+pub fn report_failure(context: &Context, failure: Error) -> ExitCode {
     if failure.raw_os_error() == Some(nix::libc::EPIPE) {
         return ExitCode::SUCCESS;
     }
@@ -196,8 +251,17 @@ pub fn report_failure(context: &Context, failure: &Error) -> ExitCode {
             "file": failure.path().map(ShownPath),
             "message": failure.message(),
         });
-        let _ = write_json(&serde_json::json!({ "error": error }));
+        let mut document = serde_json::json!({ "error": error });
+        if let Some(done) = context.done.get() {
+            document["done"] = done.clone();
+        }
+        let _ = write_json(&document);
     } else {
+        let short = failure.path().map(|path| from_here(path).to_string()).filter(|short| !short.is_empty());
+        let failure = match short {
+            Some(short) => failure.about(Path::new(&short)),
+            None => failure,
+        };
         eprintln!("vhd: {failure}");
     }
     ExitCode::from(2)

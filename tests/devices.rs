@@ -164,7 +164,13 @@ fn a_raw_file_is_linked_in_its_folder_and_elsewhere_when_it_is_named() {
     let content = sample(folder.path());
     done(folder.path(), "create link.vhd --link sample.img");
     assert!(fs::metadata(folder.path().join("link.vhd")).unwrap().len() < 64 << 10);
+    let said = done(folder.path(), "check link.vhd");
+    assert!(said.contains("linked to") && !said.contains("--raw-parent"), "{said}");
+    for line in ["convert link.vhd --in-place --to fixed", "reparent link.vhd", "compact link.vhd"] {
+        assert!(refused(folder.path(), line).contains("is a linked disk of"), "{line}");
+    }
     done(folder.path(), "convert link.vhd copy.vhd");
+    assert!(refused(folder.path(), "create other.vhd --link copy.vhd").contains("is a VHD already"));
     done(folder.path(), "compare copy.vhd sample.img");
     done(folder.path(), "compare link.vhd sample.img");
     fs::create_dir(folder.path().join("sub")).unwrap();
@@ -179,4 +185,6 @@ fn a_raw_file_is_linked_in_its_folder_and_elsewhere_when_it_is_named() {
     fs::write(folder.path().join("sample.img"), &content).unwrap();
     let said = refused(folder.path(), "convert link.vhd again.vhd");
     assert!(said.contains("is another"), "{said}");
+    let found = json(folder.path(), "check link.vhd", 1);
+    assert_eq!(found["findings"].as_array().unwrap().last().unwrap()["code"], "parent-not-found");
 }

@@ -10,7 +10,7 @@ use vhd_core::ops::compact::{CompactOptions, Compacted, compact};
 use vhd_core::{Disk, Error};
 
 use super::ChainArgs;
-use crate::output::{Answer, Context, ShownPath};
+use crate::output::{Answer, Context, ShownPath, goes_on};
 use crate::sizes;
 
 /// Arguments of `vhd compact`.
@@ -73,27 +73,39 @@ struct Done<'a> {
 
 impl CompactArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
+        let mut done = Vec::new();
+        let result = self.images.iter().try_for_each(|image| {
+            done.push(self.compact(image, context)?);
+            Ok(())
+        });
+        let mut text: String = done.iter().map(|done| self.text(done)).collect();
+        let documents: Vec<_> = done.iter().map(|done| self.document(done)).collect();
+        let Err(error) = result else {
+            context.print(&text, &documents)?;
+            return Ok(Answer::Yes);
+        };
+        if self.images.len() > 1 {
+            self.images[done.len()..].iter().for_each(|image| text.push_str(&format!("{}: not done\n", image.display())));
+        }
+        context.print_done(&text, &documents);
+        Err(error)
+    }
+
+    fn compact<'a>(&self, image: &'a Path, context: &Context) -> Result<Done<'a>, Error> {
         let options = CompactOptions { realign: self.realign, force: self.force, dry_run: self.dry_run };
         let chain = self.open.options(false, self.force);
-        let mut done = Vec::new();
-        for image in &self.images {
-            let mut places = None;
-            let mut unneeded = |disk: &Disk| {
-                if !self.free_space {
-                    return Ok(Vec::new());
-                }
-                let free = free_space(disk)?;
-                places = Some(free.places);
-                Ok(free.ranges)
-            };
-            let compacted =
-                context.with_progress("compact", |progress| compact(image, &options, &mut unneeded, &chain, progress))?;
-            done.push(Done { image, compacted, places });
-        }
-        let text: String = done.iter().map(|done| self.text(done)).collect();
-        let documents: Vec<_> = done.iter().map(|done| self.document(done)).collect();
-        context.print(&text, &documents)?;
-        Ok(Answer::Yes)
+        let mut places = None;
+        let mut unneeded = |disk: &Disk| {
+            if !self.free_space {
+                return Ok(Vec::new());
+            }
+            let free = free_space(disk)?;
+            places = Some(free.places);
+            Ok(free.ranges)
+        };
+        let compacted = context.with_progress("compact", |progress| compact(image, &options, &mut unneeded, &chain, progress));
+        let compacted = compacted.map_err(|error| goes_on(error, image))?;
+        Ok(Done { image, compacted, places })
     }
 
     fn document<'a>(&self, Done { image, compacted, places }: &Done<'a>) -> Document<'a> {

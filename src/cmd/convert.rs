@@ -190,7 +190,7 @@ impl ConvertArgs {
             }
         };
         let options = InPlaceOptions {
-            from_raw: self.from == Some(SourceFormat::Raw),
+            from_raw: self.from.map(|from| from == SourceFormat::Raw),
             block_size: self.block_size.unwrap_or(DEFAULT_BLOCK_SIZE),
             force: self.force,
             dry_run: self.dry_run,

@@ -9,7 +9,7 @@ use vhd_core::block::{BlockDevice, Extent};
 use vhd_core::{Disk, Error};
 
 use super::ChainArgs;
-use crate::output::{Answer, Context, ShownPath, output_error};
+use crate::output::{Answer, Context, Found, ShownPath, output_error, write_entry};
 
 /// Arguments of `vhd map`.
 #[derive(Debug, Args)]
@@ -34,15 +34,13 @@ struct Entry<'a> {
 impl MapArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         let disk = Disk::open(&self.image, &self.open.options(false, false))?;
-        let all = 0..disk.size();
-        // An image may have more extents than memory has room for, so none is kept; and an error must come before the
-        // first of them is printed.
-        disk.extents(all.clone(), &mut |_| Ok(()))?;
+        let walk = |visit: &mut dyn FnMut(Extent) -> Result<(), Error>| disk.extents(0..disk.size(), visit);
+        let found = Found::of(&walk)?;
         let mut out = BufWriter::with_capacity(64 << 10, io::stdout().lock());
         let head = format!("{:>16} {:>16} {:<7} {:>5} {:>16}  path\n", "start", "length", "state", "depth", "offset");
         out.write_all(if context.json { b"[" } else { head.as_bytes() }).map_err(output_error)?;
         let mut first = true;
-        disk.extents(all, &mut |extent| {
+        found.each(&mut |extent| {
             let path = disk.layer_path(extent.depth).unwrap_or_else(|| self.image.clone());
             let written = if context.json { json(&mut out, &extent, &path, first) } else { line(&mut out, &extent, &path) };
             first = false;
@@ -71,8 +69,7 @@ fn json(out: &mut impl Write, extent: &Extent, path: &Path, first: bool) -> io::
     let Extent { range, state, depth, offset } = extent;
     let (length, state) = (range.end - range.start, state.name());
     let entry = Entry { start: range.start, length, state, depth: *depth, path: ShownPath(path), offset: *offset };
-    out.write_all(if first { b"\n  " } else { b",\n  " })?;
-    serde_json::to_writer(out, &entry).map_err(io::Error::from)
+    write_entry(out, &entry, first)
 }
 
 fn line(out: &mut impl Write, extent: &Extent, path: &Path) -> io::Result<()> {

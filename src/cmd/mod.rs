@@ -48,7 +48,7 @@ pub enum Command {
     Info(info::InfoArgs),
     /// Say who holds each range of the disk
     Map(map::MapArgs),
-    /// Look for damage; never writes
+    /// Look for damage; writes only to repair it
     Check(check::CheckArgs),
     /// Copy a disk into another format
     Convert(convert::ConvertArgs),

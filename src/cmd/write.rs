@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use vhd_core::ops::copy::read_from;
-use vhd_core::{Disk, Error};
+use vhd_core::{Disk, Error, ErrorKind};
 
 use super::ChainArgs;
 use crate::input::Input;
@@ -33,7 +33,12 @@ impl WriteArgs {
             context.with_progress("write", |progress| read_from(&mut Input::new(progress)?, &disk, self.offset, false, progress));
         // What was written before a failure is made durable too: it is in the image.
         disk.close()?;
-        let length = written.map_err(|error| error.at(&self.image))?;
+        let length = written.map_err(|error| match error.kind() {
+            ErrorKind::OutOfRange => {
+                Error::new(error.kind(), format!("{}; what fits was written", error.message())).at(&self.image)
+            }
+            _ => error.at(&self.image),
+        })?;
         context.print("", &serde_json::json!({ "path": ShownPath(&self.image), "offset": self.offset, "length": length }))?;
         Ok(Answer::Yes)
     }

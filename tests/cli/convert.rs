@@ -226,6 +226,13 @@ fn in_place_and_back() {
     }
     assert!(refused(dir, "convert --in-place --to fixed disk.vhd").contains("already"));
     assert!(refused(dir, "convert --in-place --to raw disk.vhd").contains("--to fixed"));
+    // A file that is a VHD and not named so is not made the content of another one unasked, as by the same command again.
+    fs::rename(dir.join("disk.vhd"), dir.join("disk.img")).unwrap();
+    let before = fs::read(dir.join("disk.img")).unwrap();
+    assert!(refused(dir, "convert --in-place --to fixed disk.img").contains("--from vhd"));
+    assert!(refused(dir, "convert --in-place --to dynamic disk.img").contains("--from vhd"));
+    assert!(fs::read(dir.join("disk.img")).unwrap() == before);
+    assert_eq!(json(dir, "convert --in-place --to dynamic disk.img --from vhd", 0)["from"], "fixed");
     assert!(fs::read(dir.join("disk.raw")).unwrap() == raw);
 }
 

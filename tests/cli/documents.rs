@@ -289,6 +289,7 @@ fn diff_lists_what_changed() {
     assert!(!covers(&changed, 1 << 20) && covers(&changed, 9 << 20), "{changed}");
     done(dir, "create other.vhd --size 16M");
     refused(dir, "diff other.vhd new.vhd");
+    assert!(refused(dir, "diff new.vhd middle.vhd").starts_with("vhd: new.vhd: came after middle.vhd"));
 }
 
 #[test]
@@ -319,6 +320,9 @@ fn json_is_one_document() {
         let said = refused(dir, line);
         assert!(said.contains("; see vhd") && said.ends_with("--help\n"), "{said}");
     }
+    assert!(refused(dir, "convert a.vhd c.vhd --to qcow2").ends_with("; see vhd convert --help\n"), "the command's own help");
+    assert!(refused(dir, "undo start a.vhd a.vhd").starts_with("vhd: a.vhd: is named twice"), "a path as it was given");
+    assert_eq!(refused(dir, "frobnicate"), "vhd: unrecognized subcommand 'frobnicate'; see vhd --help\n");
     let incomplete = json(dir, "info", 2);
     assert!(incomplete["error"]["message"].as_str().unwrap().contains("IMAGE"), "says what is missing: {incomplete}");
 }

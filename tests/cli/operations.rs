@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::support::{done, expect, json, noise, refused, vhd_fed};
+use crate::support::{done, expect, json, noise, refused, text, vhd, vhd_fed};
 
 #[test]
 fn compact_gives_back_what_is_zero_and_changes_nothing_that_is_read() {
@@ -29,6 +29,31 @@ fn compact_says_what_a_fixed_image_needs() {
     let folder = tempfile::tempdir().unwrap();
     done(folder.path(), "create fixed.vhd --size 4M --type fixed");
     assert!(refused(folder.path(), "compact fixed.vhd").contains("convert"));
+}
+
+#[test]
+fn compact_tells_what_it_did_before_an_image_that_fails() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    for name in ["a", "c"] {
+        done(dir, &format!("create {name}.vhd --size 8M"));
+        expect(vhd_fed(dir, &format!("write {name}.vhd --offset 0"), b"data"), 0, "write");
+        expect(vhd_fed(dir, &format!("write {name}.vhd --offset 0"), &[0; 4]), 0, "write");
+    }
+    done(dir, "create b.vhd --size 4M --type fixed");
+    let untouched = fs::read(dir.join("c.vhd")).unwrap();
+    let output = expect(vhd(dir, "compact a.vhd b.vhd c.vhd"), 2, "compact");
+    let told = text(&output.stdout);
+    assert!(told.starts_with("a.vhd: ") && told.contains("1 of 1 blocks dropped"), "{told}");
+    assert!(told.ends_with("b.vhd: not done\nc.vhd: not done\n"), "{told}");
+    let error = text(&output.stderr);
+    assert!(error.starts_with("vhd: b.vhd: ") && error.lines().count() == 1, "{error}");
+    assert!(fs::read(dir.join("c.vhd")).unwrap() == untouched);
+    let told = json(dir, "compact a.vhd b.vhd c.vhd", 2);
+    assert_eq!((&told["error"]["file"], &told["done"][0]["path"]), (&"b.vhd".into(), &"a.vhd".into()));
+    assert_eq!(told["done"].as_array().map(Vec::len), Some(1));
+    assert_eq!(json(dir, "compact b.vhd", 2)["done"], serde_json::json!([]));
+    assert_eq!(text(&expect(vhd(dir, "compact b.vhd"), 2, "compact").stdout), "");
 }
 
 #[test]
@@ -65,8 +90,15 @@ fn repair_says_what_it_does_and_is_taken_back() {
     assert!(done(dir, "check disk.vhd --repair").contains("--undo-repair"));
     done(dir, "check disk.vhd");
     assert_eq!(done(dir, "read disk.vhd --offset 0 --length 4"), "data");
-    done(dir, "check disk.vhd --undo-repair");
-    assert!(fs::read(dir.join("disk.vhd")).unwrap() == bytes);
+    // What was written since where the repair wrote is not overwritten unasked.
+    expect(vhd_fed(dir, "write disk.vhd --offset 3M", b"more"), 0, "write");
+    let written = fs::read(dir.join("disk.vhd")).unwrap();
+    let told = refused(dir, "check disk.vhd --undo-repair");
+    assert!(told.contains("disk.vhd: has ") && told.contains("--force"), "{told}");
+    assert!(fs::read(dir.join("disk.vhd")).unwrap() == written);
+    done(dir, "check disk.vhd --undo-repair --force");
+    assert!(fs::read(dir.join("disk.vhd")).unwrap()[end..] == bytes[end..]);
+    fs::write(dir.join("disk.vhd"), &bytes).unwrap();
     // A BAT entry that leads nowhere is given up by --repair=all alone.
     bytes[1536..1540].copy_from_slice(&[0, 255, 255, 255]);
     fs::write(dir.join("disk.vhd"), &bytes).unwrap();
@@ -85,6 +117,7 @@ fn dry_runs_of_reparent_and_undo_tell_what_would_be_and_do_nothing() {
     fs::create_dir(dir.join("sub")).unwrap();
     fs::rename(dir.join("base.vhd"), dir.join("sub/base.vhd")).unwrap();
     let before = fs::read(dir.join("disk.vhd")).unwrap();
+    assert!(refused(dir, "reparent sub/base.vhd").contains("is a dynamic disk: it has no parent"));
     assert!(refused(dir, "reparent disk.vhd").contains("--parent-dir"));
     let told = done(dir, "reparent disk.vhd --parent-dir sub --dry-run");
     assert!(told.contains("would become a child of") && told.contains("W2ru .\\sub\\base.vhd"), "{told}");

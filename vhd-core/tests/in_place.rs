@@ -73,7 +73,7 @@ fn every_type_becomes_every_other_and_stays_the_same_image() {
         let content = content_of(&path, from);
         let look = |path: &Path| Chain::open_image(path, &options(false)).unwrap().footer().clone();
         let uuid = (from != "raw").then(|| look(&path).uuid());
-        let how = InPlaceOptions { from_raw: from == "raw", ..how(to) };
+        let how = InPlaceOptions { from_raw: (from == "raw").then_some(true), ..how(to) };
         let before = files_of(folder.path());
         let planned = run(&path, &InPlaceOptions { dry_run: true, ..how.clone() }, &options(false)).unwrap();
         assert!(files_of(folder.path()) == before);
@@ -202,7 +202,7 @@ fn operations(visit: &mut dyn FnMut(&Operation<'_>, &Run<'_>)) {
     for (from, to) in ways() {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let content = content_of(&new(folder.path(), from), from);
-        let how = InPlaceOptions { from_raw: from == "raw", ..how(to) };
+        let how = InPlaceOptions { from_raw: (from == "raw").then_some(true), ..how(to) };
         let run = |folder: &Path, chain: &ChainOptions| {
             run(&folder.join("disk.vhd"), &how, chain).unwrap();
         };

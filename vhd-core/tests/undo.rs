@@ -10,6 +10,7 @@
 mod support;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tempfile::TempDir;
 use vhd_core::chain::ChainOptions;
@@ -17,6 +18,7 @@ use vhd_core::image::NewKind;
 use vhd_core::ops::undo;
 use vhd_core::{Disk, ErrorKind, Progress};
 use vhd_testkit::crash::Effort;
+use vhd_testkit::fault_host::FaultHost;
 
 use self::support::sabotage::{Barriers, Operation, Run};
 use self::support::{files_of, new_child, new_image, open, options};
@@ -204,6 +206,33 @@ fn judge_discard(images: &[PathBuf], done: bool) -> Result<(), String> {
         undo::discard(images, None, false, &options(false)).map_err(|error| format!("again: {error}"))?;
     }
     images.iter().try_for_each(|image| Disk::open(image, &options(true)).map(drop)).map_err(|error| error.to_string())
+}
+
+/// Whatever fails, and whether or not the host still takes names away: no undo disk is left, or the error names it.
+#[test]
+fn a_start_that_fails_leaves_no_undo_disk_or_names_it() {
+    let session = Session::new();
+    let (mut gone, mut named) = (0, 0);
+    for for_ever in [false, true] {
+        for at in 1.. {
+            undo::discard(&session.images(), None, false, &options(false)).ok();
+            for image in session.images() {
+                std::fs::remove_file(image.with_extension("vud")).ok();
+            }
+            let host = Arc::new(FaultHost::new(at, for_ever, false));
+            let chain = ChainOptions { host: Arc::clone(&host) as _, ..options(false) };
+            let Err(error) = undo::start(&session.images(), None, &chain) else { break };
+            let undo_disks = session.images().into_iter().map(|image| image.with_extension("vud"));
+            match undo_disks.into_iter().find(|undo| undo.exists()) {
+                Some(left) => {
+                    assert!(error.to_string().contains(&left.display().to_string()), "{error}");
+                    named += 1;
+                }
+                None => gone += 1,
+            }
+        }
+    }
+    assert!(gone > 0 && named > 0, "{gone} gone, {named} named");
 }
 
 /// No session, or one that is whole; one that is not can be discarded, and started again.

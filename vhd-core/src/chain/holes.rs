@@ -12,6 +12,8 @@ use crate::error::Result;
 pub(super) struct DataRanges {
     /// End by depth and start.
     known: BTreeMap<(usize, u64), u64>,
+    /// The hole that was found last, by depth; what is known begins where it ends.
+    holes: BTreeMap<usize, Range<u64>>,
 }
 
 impl DataRanges {
@@ -21,10 +23,14 @@ impl DataRanges {
         if let Some((_, &end)) = before.filter(|(_, end)| **end > at) {
             return Ok(Some(at..end));
         }
+        if let Some(hole) = self.holes.get(&depth).filter(|hole| hole.contains(&at)) {
+            return Ok(self.known.get(&(depth, hole.end)).map(|&end| hole.end..end));
+        }
         let found = layer.storage().next_data(at).map_err(|error| match layer {
             Layer::Image(image) => image.read_error(error, at),
             Layer::Raw(raw) => raw.error(error, "can't be searched for holes"),
         })?;
+        self.holes.insert(depth, at..found.as_ref().map_or(u64::MAX, |range| range.start));
         if let Some(range) = &found {
             self.known.insert((depth, range.start), range.end);
         }

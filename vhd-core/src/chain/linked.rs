@@ -15,9 +15,9 @@ use std::sync::Arc;
 use nix::sys::stat::{major, minor};
 use serde::{Deserialize, Serialize};
 
-use super::{ParentPolicy, RawFile, link_to};
+use super::{ParentPolicy, RawFile, is_vhd_name, link_to, uuid_of_file};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Creator, DEFAULT_BLOCK_SIZE, PlatformCode, Timestamp};
+use crate::format::{Creator, DEFAULT_BLOCK_SIZE, LocatorEntry, PlatformCode, Timestamp};
 use crate::image::{CreateOptions, Created, Image, NewKind, ParentLink, create_file};
 use crate::storage::{FileStorage, LockMode, Storage, folder_of};
 
@@ -47,13 +47,37 @@ impl LinkedDisk {
     pub fn of(image: &Image) -> Result<Option<Self>> {
         let mut locators = image.header().into_iter().flat_map(|header| header.locators().collect::<Vec<_>>());
         let Some(entry) = locators.find(|entry| entry.code == PlatformCode::LINKED_DISK) else { return Ok(None) };
-        let corrupt = |what: String| Error::new(ErrorKind::Corrupt, format!("what it is linked to {what}")).at(image.path());
+        Self::read(&**image.storage(), &entry).map(Some).map_err(|error| error.at(image.path()))
+    }
+
+    /// What is in the locator.
+    pub(crate) fn read(storage: &dyn Storage, entry: &LocatorEntry) -> Result<Self> {
+        let corrupt = |what: String| Error::new(ErrorKind::Corrupt, format!("what it is linked to {what}"));
         if entry.data_length > MAX_LEN {
             return Err(corrupt(format!("takes {} bytes", entry.data_length)));
         }
         let mut bytes = vec![0; entry.data_length as usize];
-        image.storage().read_at(&mut bytes, entry.data_offset).map_err(|error| image.read_error(error, entry.data_offset))?;
-        serde_json::from_slice(&bytes).map(Some).map_err(|error| corrupt(format!("is not understood: {error}")))
+        let read = storage.read_at(&mut bytes, entry.data_offset);
+        read.map_err(|error| Error::io(error, format!("can't be read at {:#x}", entry.data_offset)))?;
+        serde_json::from_slice(&bytes).map_err(|error| corrupt(format!("is not understood: {error}")))
+    }
+
+    /// Says whether what was linked is there. One that is in use is not looked at closely.
+    ///
+    /// # Errors
+    /// `Parent` when it is another one; as it can't be opened.
+    pub(crate) fn verify(&self) -> Result<()> {
+        match Self::look(&self.path) {
+            Ok((_, found)) if found == *self => Ok(()),
+            Ok(_) => Err(self.is_another()),
+            Err(error) if error.kind() == ErrorKind::Locked => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn is_another(&self) -> Error {
+        let message = "is not what the image was linked to: its path, size or serial number is another; link it anew";
+        Error::new(ErrorKind::Parent, message).at(&self.path)
     }
 
     /// Looks at a device or raw file, which nobody may be using.
@@ -86,8 +110,7 @@ impl LinkedDisk {
         }
         let (storage, found) = Self::look(path)?;
         if found != *self {
-            let message = "is not what the image was linked to: its path, size or serial number is another; link it anew";
-            return Err(Error::new(ErrorKind::Parent, message).at(path));
+            return Err(self.is_another());
         }
         Ok(Arc::new(RawFile::new(Arc::new(storage), path, true)?))
     }
@@ -107,10 +130,14 @@ fn serial_of(device: &Path) -> Option<String> {
 /// Makes a linked disk at `path` of a whole device or a raw file.
 ///
 /// # Errors
-/// `InvalidInput` for a partition; `Locked` for a device that is mounted or held, and a file that is written; those of
+/// `InvalidInput` for a partition and a VHD; `Locked` for a device that is mounted or held, and a file that is written; those of
 /// [`create_file`].
 pub fn create_link(path: &Path, target: &Path, uuid: [u8; 16], overwrite: bool) -> Result<Created> {
     let (_held, linked) = LinkedDisk::look(target)?;
+    if is_vhd_name(target) && uuid_of_file(target)?.is_some() {
+        let message = "is a VHD already: a linked disk is made of a device or a raw file";
+        return Err(Error::new(ErrorKind::InvalidInput, message).at(target));
+    }
     let text = serde_json::to_vec(&linked)
         .map_err(|_| Error::new(ErrorKind::InvalidInput, "is not UTF-8: an image can't name it; rename it").at(target))?;
     let own = Some((PlatformCode::LINKED_DISK, text));

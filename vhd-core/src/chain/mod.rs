@@ -215,6 +215,20 @@ impl Chain {
         Parents { flat: None, ..self.from(depth) }.extents(range, 0, visit)
     }
 
+    /// The extents of what the layers above the one at `depth` hold; what they do not is absent.
+    pub(crate) fn extents_above(
+        &self,
+        depth: usize,
+        range: Range<u64>,
+        visit: &mut dyn FnMut(Extent) -> Result<()>,
+    ) -> Result<()> {
+        if depth == 0 || range.is_empty() {
+            return Ok(());
+        }
+        let _held = self.leaf().image().map(|image| image.hold());
+        Parents { layers: &self.layers[..depth], flat: None, ..self.from(0) }.extents(range, 0, visit)
+    }
+
     fn range(&self, offset: u64, len: u64) -> Result<Range<u64>> {
         self.range_of(0, offset, len)
     }

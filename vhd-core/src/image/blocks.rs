@@ -48,7 +48,8 @@ pub(crate) struct Blocks {
     /// Something was written since the last barrier.
     dirty: Cell<bool>,
     buffer: AlignedBuffer,
-    /// A range of the file that has no holes.
+    /// The hole of the file that was found last, and the range without holes behind it.
+    hole: Range<u64>,
     no_hole: Range<u64>,
 }
 
@@ -89,6 +90,7 @@ impl Blocks {
             unsynced: 0,
             dirty: Cell::new(false),
             buffer: AlignedBuffer::new(DATA_ALIGNMENT as usize),
+            hole: 0..0,
             no_hole: 0..0,
             storage,
         };
@@ -123,17 +125,20 @@ impl Blocks {
         self.read(bytes, self.layout.data_offset(self.entries[block as usize]) + within)
     }
 
-    /// True when the host knows that a block's data is a hole. It is asked once for each range that is none: finding
-    /// where that ends costs the host a walk to it.
+    /// True when the host knows that a block's data is a hole, before any block was moved. It is asked once for each hole, and
+    /// each range that is none: finding where that ends costs the host a walk to it.
     pub(crate) fn is_hole(&mut self, block: u32) -> Result<bool> {
-        let data = self.layout.data_offset(self.entries[block as usize]);
-        if self.no_hole.contains(&data) {
+        let start = self.layout.data_offset(self.entries[block as usize]);
+        let end = start + self.layout.block_size();
+        if self.no_hole.contains(&start) {
             return Ok(false);
         }
-        let next = self.storage.next_data(data).map_err(|error| Error::io(error, "can't be searched for holes"))?;
-        let is_hole = next.as_ref().is_none_or(|range| range.start >= data + self.layout.block_size());
-        self.no_hole = next.unwrap_or_default();
-        Ok(is_hole)
+        if !self.hole.contains(&start) {
+            let next = self.storage.next_data(start).map_err(|error| Error::io(error, "can't be searched for holes"))?;
+            self.hole = start..next.as_ref().map_or(u64::MAX, |data| data.start);
+            self.no_hole = next.unwrap_or_default();
+        }
+        Ok(self.hole.end >= end && self.hole.start <= start)
     }
 
     /// Replaces a block's sector bitmap: bits are cleared whose sectors read the same without them.
@@ -279,10 +284,11 @@ impl Blocks {
         }
         self.write_table()?;
         self.sync()?;
-        for start in std::mem::take(&mut self.left) {
-            self.slots.remove(&start);
+        let left = std::mem::take(&mut self.left);
+        for start in &left {
+            self.slots.remove(start);
         }
-        self.find_gaps();
+        left.into_iter().for_each(|start| self.find_gap_at(start));
         Ok(())
     }
 
@@ -321,6 +327,19 @@ impl Blocks {
         }
     }
 
+    /// Finds the gap around a place that no slot has any more, as [`Blocks::find_gaps`] does, which looks at all of them.
+    fn find_gap_at(&mut self, at: u64) {
+        let len = self.layout.slot_len();
+        let start = self.slots.range(..at).next_back().map_or(0, |(start, _)| start + len).max(self.floor);
+        let end = self.slots.range(at..).next().map_or(self.file_len - SECTOR, |(start, _)| *start);
+        while let Some((&inside, _)) = self.gaps.range(start..end.max(start)).next() {
+            self.gaps.remove(&inside);
+        }
+        if start + len <= end {
+            self.gaps.insert(start, end);
+        }
+    }
+
     /// Where the first gap that holds a slot has room for it.
     fn lowest_gap(&self, aligned: bool) -> Option<u64> {
         let fits = |(start, end): (&u64, &u64)| {
@@ -353,7 +372,7 @@ impl Blocks {
         }
         self.write(&self.footer.to_bytes(), len - SECTOR)?;
         self.file_len = len;
-        self.gaps.insert(at, end);
+        self.find_gap_at(at);
         Ok(at)
     }
 
@@ -372,9 +391,12 @@ impl Blocks {
         let gap = self.gaps.range(..=to).next_back().map(|(start, end)| (*start, *end));
         if let Some((start, end)) = gap {
             self.gaps.remove(&start);
-            let rest = to + self.layout.slot_len();
-            if rest + self.layout.slot_len() <= end {
-                self.gaps.insert(rest, end);
+            let len = self.layout.slot_len();
+            if start + len <= to {
+                self.gaps.insert(start, to);
+            }
+            if to + len + len <= end {
+                self.gaps.insert(to + len, end);
             }
         }
         self.set_entry(block, sector);

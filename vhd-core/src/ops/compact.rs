@@ -205,6 +205,9 @@ impl Survey<'_> {
         buffer: &mut AlignedBuffer,
     ) -> Result<Verdict> {
         let mut bitmap = blocks.bitmap(block)?;
+        if is_zero(&bitmap) {
+            return Ok(Verdict::Drop);
+        }
         let sectors = self.layout.block_len(block).div_ceil(SECTOR);
         let before = (0..sectors).filter(|sector| is_present(&bitmap, *sector)).count() as u64;
         // Bits beyond the disk's end are nobody's.

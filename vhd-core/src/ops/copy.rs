@@ -170,7 +170,7 @@ pub fn read_from(stream: &mut dyn Read, target: &Disk, offset: u64, skip_zeros: 
         if count as u64 > room {
             let fits = room as usize;
             target.write_at(&buffer[..fits], at)?;
-            fail!(OutOfRange, "input goes beyond the end of the disk of {} bytes; what fits was written", target.size());
+            fail!(OutOfRange, "input goes beyond the end of the disk of {} bytes", target.size());
         }
         if skip_zeros {
             write_chunk(target, &buffer[..count], at, true)?;

@@ -8,32 +8,33 @@ use crate::block::{BlockDevice, ExtentState};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Result};
 
-/// The ranges of the disk that images from `new` down to the one above `old` hold: sector-exact, ascending, never
-/// adjacent. What lies beyond the end of a smaller `old`, or of a smaller image between, counts as changed.
+/// Calls `visit` with the ranges of the disk that images from `new` down to the one above `old` hold: sector-exact, ascending,
+/// never adjacent. What lies beyond the end of a smaller `old`, or of a smaller image between, counts as changed.
 ///
-/// A sector that was written with what it held already counts, too: nothing is read but metadata.
+/// A sector that was written with what it held already counts, too: nothing is read but metadata, and that of `old` is not.
 ///
 /// # Errors
-/// `InvalidInput` when `old` is not an image of the chain of `new`; as metadata can't be read.
-pub fn diff(new: &Chain, old: &Path) -> Result<Vec<Range<u64>>> {
+/// `InvalidInput` when `old` is not an image of the chain of `new`; as metadata can't be read; as `visit` fails.
+pub fn diff(new: &Chain, old: &Path, visit: &mut dyn FnMut(Range<u64>) -> Result<()>) -> Result<()> {
     let depth = depth_of(new, old)?;
     // An image between that is smaller hides the rest of those below it, also from larger ones above.
     let shown = new.layers()[..=depth].iter().map(|layer| layer.size()).min().unwrap_or(0);
-    let mut changed: Vec<Range<u64>> = Vec::new();
-    let mut push = |range: Range<u64>| match changed.last_mut() {
-        Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
-        _ if range.is_empty() => {}
-        _ => changed.push(range),
+    let mut pending: Option<Range<u64>> = None;
+    let mut push = |range: Range<u64>| match &mut pending {
+        _ if range.is_empty() => Ok(()),
+        Some(last) if last.end >= range.start => {
+            last.end = last.end.max(range.end);
+            Ok(())
+        }
+        _ => pending.replace(range).map_or(Ok(()), &mut *visit),
     };
     let size = new.capabilities().size;
-    new.extents(0..size.min(shown), &mut |extent| {
-        if extent.depth < depth && extent.state != ExtentState::Absent {
-            push(extent.range);
-        }
-        Ok(())
+    new.extents_above(depth, 0..size.min(shown), &mut |extent| match extent.state {
+        ExtentState::Absent => Ok(()),
+        _ => push(extent.range),
     })?;
-    push(shown.min(size)..size);
-    Ok(changed)
+    push(shown.min(size)..size)?;
+    pending.map_or(Ok(()), visit)
 }
 
 /// The layer that is in the file at `path`.

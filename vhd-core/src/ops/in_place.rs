@@ -28,8 +28,8 @@ const PIECE: u64 = 256 << 20;
 pub struct InPlaceOptions {
     /// What it becomes: fixed or dynamic.
     pub to: DiskType,
-    /// The file is raw, whatever its name.
-    pub from_raw: bool,
+    /// Whether the file is raw; without it its name says so, unless it has a VHD's footer.
+    pub from_raw: Option<bool>,
     /// Bytes of a block of a dynamic disk.
     pub block_size: u32,
     /// Goes on although a saved state relies on the image.
@@ -44,7 +44,7 @@ impl InPlaceOptions {
     /// With blocks of 2 MiB.
     #[must_use]
     pub fn new(to: DiskType) -> Self {
-        Self { to, from_raw: false, block_size: DEFAULT_BLOCK_SIZE, force: false, dry_run: false, piece: PIECE }
+        Self { to, from_raw: None, block_size: DEFAULT_BLOCK_SIZE, force: false, dry_run: false, piece: PIECE }
     }
 }
 
@@ -76,7 +76,12 @@ pub fn convert_in_place(
     let path = &path.canonicalize().map_err(|error| Error::io(error, "can't be opened").at(path))?;
     let begun = begun(path, options)?;
     let begun_raw = begun.as_ref().is_some_and(|begun| begun.uuid.is_none());
-    let is_raw = begun_raw || (begun.is_none() && (options.from_raw || !is_vhd_name(path)));
+    let is_raw = begun_raw || (begun.is_none() && options.from_raw.unwrap_or_else(|| !is_vhd_name(path)));
+    if is_raw && options.from_raw.is_none() && begun.is_none() && crate::chain::uuid_of_file(path)?.is_some() {
+        // As when it was converted before: its footer and tables would become the disk's content.
+        let message = "has the footer of a VHD, but no name of one: --from vhd takes it for one, --from raw for plain bytes";
+        return Err(Error::new(ErrorKind::Refused, message).at(path));
+    }
     if is_raw && options.to == DiskType::Fixed {
         return raw_to_fixed(path, begun, options, chain);
     }
@@ -140,6 +145,7 @@ impl Source {
         if !resuming {
             intent::refuse(path, Some(footer.uuid()), &[])?;
         }
+        crate::chain::refuse_linked(&image, "is only read")?;
         if kind == DiskType::Differencing {
             let message = "has a parent, so another file must take both: vhd convert without --in-place, or vhd merge";
             return invalid(ErrorKind::Unsupported, message.into());

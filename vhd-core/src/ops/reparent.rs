@@ -22,6 +22,11 @@ pub struct Reparented {
     pub notes: Vec<String>,
 }
 
+fn no_parent(image: &Image, path: &Path) -> Error {
+    let message = format!("is a {} disk: it has no parent", image.footer().disk_type().name());
+    Error::new(ErrorKind::InvalidInput, message).at(path)
+}
+
 /// Where the parent of the image at `child` is: where its locators lead, or by its identifier in the child's folder or one of
 /// those that the options name.
 ///
@@ -30,10 +35,14 @@ pub struct Reparented {
 pub fn find_parent(child: &Path, chain: &ChainOptions) -> Result<PathBuf> {
     let look = OpenOptions { writable: false, ..chain.image.clone() };
     let image = Chain::open_image(child, &ChainOptions { image: look, ..chain.clone() })?;
-    let header = image
-        .header()
-        .filter(|header| header.parent_uuid() != [0; 16])
-        .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "has no parent that has an identifier; name the parent").at(child))?;
+    let Some(header) = image.header().filter(|_| image.footer().disk_type() == DiskType::Differencing) else {
+        return Err(no_parent(&image, child));
+    };
+    refuse_linked(&image, "has no other parent")?;
+    if header.parent_uuid() == [0; 16] {
+        let message = "has a raw file or device for a parent, which can't be looked for; name the parent";
+        return Err(Error::new(ErrorKind::InvalidInput, message).at(child));
+    }
     let mut policy = chain.parents.clone();
     policy.parent_dirs.push(folder_of(child).to_owned());
     let found = find_parent_of(&**image.storage(), child, header, &policy).map_err(|error| error.at(child))?;
@@ -54,8 +63,7 @@ pub fn reparent(child: &Path, parent: &Path, force: bool, dry_run: bool, chain: 
     let look = OpenOptions { writable: false, ..chain.image.clone() };
     let image = Image::open(Arc::clone(&file) as _, child, &look)?;
     let Some(header) = image.header().filter(|_| image.footer().disk_type() == DiskType::Differencing) else {
-        let message = format!("is a {} disk: it has no parent", image.footer().disk_type().name());
-        return Err(Error::new(ErrorKind::InvalidInput, message).at(child));
+        return Err(no_parent(&image, child));
     };
     refuse_linked(&image, "has no other parent")?;
     let invalid = |message: String| Err(Error::new(ErrorKind::InvalidInput, message).at(parent));

@@ -54,10 +54,18 @@ pub fn start(images: &[PathBuf], dir: Option<&Path>, chain: &ChainOptions) -> Re
         match made {
             Ok(created) => notes.extend(created.notes),
             Err(error) => {
-                for member in &session.members[..index] {
-                    chain.host.remove(&member.undo)?;
-                }
-                return Err(error);
+                // Of the last one only the folder's sync may have failed; what another made meanwhile is not ours.
+                let made = &session.members[..if error.kind() == ErrorKind::Exists { index } else { index + 1 }];
+                let is_left = |member: &&UndoMember| member.undo.exists() && chain.host.remove(&member.undo).is_err();
+                let left: Vec<_> = made.iter().filter(is_left).collect();
+                return Err(match left.first() {
+                    None => error,
+                    Some(left) => {
+                        let message =
+                            format!("{}; {} was made and can't be removed: do it", error.message(), left.undo.display());
+                        Error::new(error.kind(), message).at(error.path().unwrap_or(&member.image))
+                    }
+                });
             }
         }
     }
@@ -76,6 +84,9 @@ pub fn plan_start(images: &[PathBuf], dir: Option<&Path>, chain: &ChainOptions) 
         let undo = undo_of(&image, dir)?;
         if undo.exists() {
             return Err(Error::new(ErrorKind::Exists, "exists already: commit or discard that session first").at(&undo));
+        }
+        if members.iter().any(|other: &UndoMember| other.image == image) {
+            return Err(Error::new(ErrorKind::InvalidInput, "is named twice").at(&image));
         }
         if members.iter().any(|other: &UndoMember| other.undo == undo) {
             return Err(Error::new(ErrorKind::InvalidInput, "would be the undo disk of two images").at(&undo));

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::footer::Basis;
 use super::header::Header;
 use super::{Check, Code, Region, be32, be64, quoted};
-use crate::chain::{Lead, Locator, ParentPolicy, find_parent_of, follow_locator, locator_paths, windows_paths};
+use crate::chain::{Lead, LinkedDisk, Locator, ParentPolicy, find_parent_of, follow_locator, locator_paths, windows_paths};
 use crate::error::{ErrorKind, Result};
 use crate::format::{DiskType, LOCATOR_SLOTS, LocatorEntry, PlatformCode};
 use crate::image::Footers;
@@ -114,7 +114,9 @@ impl Check<'_> {
 
     fn parent_fields(&mut self, basis: &Basis, header: &Header, locators: &[(usize, Locator)]) {
         let (uuid, name) = (header.parsed.parent_uuid(), header.parsed.parent_name());
-        if uuid == [0; 16] {
+        if linked_of(locators).is_some() {
+            self.add(Code::ParentRaw, PARENT, "is the device or raw file that the image is linked to");
+        } else if uuid == [0; 16] {
             let message = "UUID is all zero: it is a raw file or device, opened only with --raw-parent";
             self.add(Code::ParentRaw, PARENT, message);
         } else if uuid == basis.uuid {
@@ -152,6 +154,13 @@ impl Check<'_> {
         policy: &ParentPolicy,
     ) -> Result<()> {
         let expected = header.parsed.parent_uuid();
+        if let Some(entry) = linked_of(locators) {
+            match LinkedDisk::read(self.storage, entry).and_then(|linked| linked.verify()) {
+                Ok(()) => {}
+                Err(error) => self.add(Code::ParentNotFound, PARENT, error.to_string()),
+            }
+            return Ok(());
+        }
         if expected == [0; 16] || expected == basis.uuid {
             return Ok(());
         }
@@ -201,6 +210,11 @@ impl Check<'_> {
             self.add(Code::ParentTimestamp, PARENT, message);
         }
     }
+}
+
+/// The locator that names what a linked disk is linked to.
+fn linked_of(locators: &[(usize, Locator)]) -> Option<&LocatorEntry> {
+    locators.iter().map(|(_, locator)| &locator.entry).find(|entry| entry.code == PlatformCode::LINKED_DISK)
 }
 
 /// Seconds by which a parent's file is younger than the child says; `None` when it says nothing.

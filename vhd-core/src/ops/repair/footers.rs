@@ -187,15 +187,12 @@ impl Repairer<'_> {
         for block_size in sizes {
             let layout = Layout::new(footer.current_size(), block_size);
             if (1..=MAX_ENTRIES).contains(&layout.blocks())
-                && let Some((fit, at)) = self.find_table(layout, data_end)?
-                && best.is_none_or(|(most, ..)| fit.rank() > most.rank())
+                && let Some((fit, at)) = self.find_table(layout, data_end, best.map(|(fit, ..)| fit).or(than))?
             {
                 best = Some((fit, at, block_size));
             }
         }
-        if let Some(than) = than
-            && best.is_none_or(|(fit, ..)| fit.rank() <= than.rank())
-        {
+        if than.is_some() && best.is_none() {
             return Ok(None);
         }
         self.is_table_lost = best.is_none_or(|(fit, ..)| fit.good == 0);

@@ -1,7 +1,8 @@
 //! The undo journal: the original bytes of all that a repair changes, durable beside the image before the first change.
 //!
-//! One line, `vhd-repair-undo 1 CRC LENGTH` in hexadecimal, JSON of that length, then the bytes of its ranges one after the
-//! other, which have a CRC in the JSON.
+//! One line, `vhd-repair-undo 2 CRC LENGTH` in hexadecimal, JSON of that length, then the bytes of its ranges one after the
+//! other, which have a CRC in the JSON. What the repair wrote has a CRC for each range, so that an undo overwrites nothing that
+//! somebody else wrote there since.
 
 use std::ffi::OsString;
 use std::ops::Range;
@@ -20,7 +21,8 @@ use crate::progress::Progress;
 use crate::storage::{FileStorage, Host, LockMode, Storage, folder_of, put_file};
 
 const SUFFIX: &str = ".vhd-repair-undo";
-const MAGIC: &str = "vhd-repair-undo 1";
+const MAGIC: &str = "vhd-repair-undo";
+const VERSION: &str = "2";
 /// Journals of one image at most; more is somebody's mistake.
 const MAX_JOURNALS: usize = 100;
 const CRC: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISO_HDLC);
@@ -34,8 +36,10 @@ struct Head {
     len: [u64; 2],
     /// Ranges of the file: where, how many bytes.
     ranges: Vec<(u64, u64)>,
-    /// Of the original bytes, and of those that the repair wrote.
-    crc: [u32; 2],
+    /// Of the original bytes.
+    crc: u32,
+    /// Ranges that the repair wrote: where, how many bytes, their checksum; ascending.
+    written: Vec<(u64, u64, u32)>,
     /// What was changed.
     changes: Vec<String>,
     lost: Vec<String>,
@@ -71,7 +75,11 @@ fn read(path: &Path) -> Result<Journal> {
 fn parse(bytes: &[u8]) -> Result<Journal, String> {
     let end = bytes.iter().take(200).position(|byte| *byte == b'\n').ok_or("it has no first line")?;
     let line = std::str::from_utf8(&bytes[..end]).map_err(|_| "its first line is no text")?;
-    let mut fields = line.strip_prefix(MAGIC).ok_or("of another program or version")?.split_whitespace();
+    let mut fields = line.strip_prefix(MAGIC).ok_or("it is of another program")?.split_whitespace();
+    match fields.next() {
+        Some(VERSION) => {}
+        other => return Err(format!("it is of version {}, this program reads {VERSION}", other.unwrap_or("none"))),
+    }
     let mut field = || fields.next().and_then(|field| usize::from_str_radix(field, 16).ok());
     let (Some(crc), Some(len)) = (field(), field()) else { return Err("it has no checksum".into()) };
     let json = bytes.get(end + 1..).and_then(|rest| rest.get(..len)).ok_or("it was cut short")?;
@@ -80,7 +88,7 @@ fn parse(bytes: &[u8]) -> Result<Journal, String> {
     }
     let head: Head = serde_json::from_slice(json).map_err(|error| error.to_string())?;
     let bytes = bytes[end + 1 + len..].to_vec();
-    if CRC.checksum(&bytes) != head.crc[0] || bytes.len() as u64 != head.ranges.iter().map(|(_, len)| len).sum::<u64>() {
+    if CRC.checksum(&bytes) != head.crc || bytes.len() as u64 != head.ranges.iter().map(|(_, len)| len).sum::<u64>() {
         return Err("the bytes it keeps are damaged".into());
     }
     Ok(Journal { head, bytes })
@@ -150,11 +158,17 @@ fn encode(
         originals.extend(bytes);
         progress.advance(*len)?;
     }
-    let written: Vec<u8> = changes.iter().flat_map(|(_, bytes)| bytes.iter().copied()).collect();
-    let crc = [CRC.checksum(&originals), CRC.checksum(&written)];
-    let head = Head { len: [before, after], ranges, crc, changes: repair.changes.clone(), lost: repair.lost.clone() };
+    let written = changes.iter().map(|(at, bytes)| (*at, bytes.len() as u64, CRC.checksum(bytes))).collect();
+    let head = Head {
+        len: [before, after],
+        ranges,
+        crc: CRC.checksum(&originals),
+        written,
+        changes: repair.changes.clone(),
+        lost: repair.lost.clone(),
+    };
     let json = serde_json::to_vec_pretty(&head).map_err(|error| Error::new(ErrorKind::InvalidInput, error.to_string()))?;
-    let mut journal = format!("{MAGIC} {:08x} {:x}\n", CRC.checksum(&json), json.len()).into_bytes();
+    let mut journal = format!("{MAGIC} {VERSION} {:08x} {:x}\n", CRC.checksum(&json), json.len()).into_bytes();
     journal.extend(json);
     journal.extend(originals);
     Ok(journal)
@@ -189,6 +203,44 @@ fn is_put_back(storage: &dyn Storage, journal: &Journal) -> Result<bool> {
         rest = more;
     }
     Ok(true)
+}
+
+/// How the file is no longer what the repair left, where that matters: what it wrote, and what it added.
+fn changed_since(storage: &dyn Storage, head: &Head) -> Result<Option<String>> {
+    let [before, after] = head.len;
+    let len = storage.len().map_err(|error| Error::io(error, "can't be examined"))?;
+    if len != after {
+        return Ok(Some(format!("has {len} bytes, {after} after the repair")));
+    }
+    let other =
+        |range: Range<u64>| Ok(Some(format!("no longer has what the repair left from {:#x} to {:#x}", range.start, range.end)));
+    // What was added and not written was zeros, as a gap before a block.
+    let mut added = before;
+    for &(at, len, crc) in &head.written {
+        let end = at.saturating_add(len);
+        if added < at && data_in(storage, added..at, 0)? > 0 {
+            return other(added..at);
+        }
+        if checksum(storage, at..end)? != crc {
+            return other(at..end);
+        }
+        added = added.max(end);
+    }
+    if added < after && data_in(storage, added..after, 0)? > 0 {
+        return other(added..after);
+    }
+    Ok(None)
+}
+
+fn checksum(storage: &dyn Storage, range: Range<u64>) -> Result<u32> {
+    let (mut digest, mut buffer, mut at) = (CRC.digest(), vec![0; CHUNK], range.start);
+    while at < range.end {
+        let bytes = &mut buffer[..(range.end - at).min(CHUNK as u64) as usize];
+        storage.read_at(bytes, at).map_err(|error| Error::io(error, format!("can't be read at {at:#x}")))?;
+        digest.update(bytes);
+        at += bytes.len() as u64;
+    }
+    Ok(digest.finalize())
 }
 
 /// Makes the file what it was.
@@ -234,12 +286,10 @@ pub fn undo_repair(path: &Path, force: bool, chain: &ChainOptions, progress: &Pr
         // An undo that was interrupted came this far.
         None if is_put_back(&*storage, &journal).map_err(|error| error.at(path))? => {}
         None => {
-            let len = storage.len().map_err(|error| Error::io(error, "can't be examined").at(path))?;
-            if len != journal.head.len[1] && !force {
-                let message = format!(
-                    "has {len} bytes, {} after the repair: it was changed since; --force puts the old bytes back all the same",
-                    journal.head.len[1]
-                );
+            let changed = if force { None } else { changed_since(&*storage, &journal.head).map_err(|error| error.at(path))? };
+            if let Some(what) = changed {
+                let message =
+                    format!("{what}: it was written since, which would be lost; --force puts the old bytes back all the same");
                 return Err(Error::new(ErrorKind::Refused, message).at(path));
             }
             let name = journal_path.file_name().map(PathBuf::from).unwrap_or_default();

@@ -211,7 +211,7 @@ impl Repairer<'_> {
         if moved > MAX_MOVED / 2 || self.data_behind(planned.file_len(), MAX_MOVED)? > MAX_MOVED || (moved == 0 && cut == 0) {
             return Ok(());
         }
-        drop(image);
+        drop((image, planned));
         let image = Image::open(storage, path, &OpenOptions { writable: true, ..open })?;
         let mut blocks = Blocks::of(&image, false)?;
         blocks.fill_gaps(&mut |_| Ok(()))?;

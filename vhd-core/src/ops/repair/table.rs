@@ -246,8 +246,9 @@ impl Repairer<'_> {
         Ok(Fit::of(&bytes, layout, (at + len).next_multiple_of(SECTOR), data_end))
     }
 
-    /// Looks for a table, sector by sector. The first that fits best counts. Returns how well, and where it is.
-    pub(super) fn find_table(&self, layout: Layout, data_end: u64) -> Result<Option<(Fit, u64)>> {
+    /// Looks for a table, sector by sector, that fits better `than` one does. The first that fits best counts. Returns how well, and
+    /// where it is.
+    pub(super) fn find_table(&self, layout: Layout, data_end: u64, than: Option<Fit>) -> Result<Option<(Fit, u64)>> {
         const REACH: u64 = 1 << 20;
         const FIRST: u64 = 1536;
         let len = u64::from(layout.blocks()) * BAT_ENTRY_LEN;
@@ -255,17 +256,48 @@ impl Repairer<'_> {
         if end < FIRST + len {
             return Ok(None);
         }
-        let mut bytes = vec![0; (end - FIRST) as usize];
-        self.read(&mut bytes, FIRST)?;
+        let weights = self.weights(layout, FIRST..end, FIRST + len..data_end)?;
+        let (whole, rest) = ((len / SECTOR) as usize, len % SECTOR / BAT_ENTRY_LEN);
+        let mut weight: i64 = weights.iter().take(whole).sum();
+        let mut bytes = vec![0; len as usize];
         let mut best: Option<(Fit, u64)> = None;
-        for at in (FIRST..=end - len).step_by(SECTOR as usize) {
-            let table = &bytes[(at - FIRST) as usize..][..len as usize];
-            let fit = Fit::of(table, layout, (at + len).next_multiple_of(SECTOR), data_end);
-            if fit.good >= fit.bad && best.is_none_or(|(most, _)| fit.rank() > most.rank()) {
-                best = Some((fit, at));
+        for (index, at) in (FIRST..=end - len).step_by(SECTOR as usize).enumerate() {
+            let than = best.map(|(fit, _)| fit).or(than);
+            // Most places can't be better than one that is right, and need no closer look.
+            if than.is_none_or(|than| (weight + rest as i64, true) > than.rank()) {
+                self.read(&mut bytes, at)?;
+                let fit = Fit::of(&bytes, layout, (at + len).next_multiple_of(SECTOR), data_end);
+                if fit.good >= fit.bad && than.is_none_or(|than| fit.rank() > than.rank()) {
+                    best = Some((fit, at));
+                }
             }
+            weight += weights.get(index + whole).unwrap_or(&0) - weights.get(index).unwrap_or(&0);
         }
         Ok(best)
+    }
+
+    /// How much each whole sector of a range speaks for a table, at most: its entries that name blocks in `room`, less those that
+    /// name nothing in it.
+    fn weights(&self, layout: Layout, range: Range<u64>, room: Range<u64>) -> Result<Vec<i64>> {
+        const CHUNK: usize = 64 << 10;
+        let weight = |entry: &[u8; 4]| {
+            let entry = u32::from_be_bytes(*entry);
+            let slot = layout.slot(entry);
+            match entry {
+                BAT_UNUSED => 0,
+                _ if slot.start >= room.start && slot.end <= room.end => 1,
+                _ => -1,
+            }
+        };
+        let (mut weights, mut buffer, mut at) = (Vec::new(), vec![0; CHUNK], range.start);
+        while at < range.end {
+            let bytes = &mut buffer[..(range.end - at).min(CHUNK as u64) as usize];
+            self.read(bytes, at)?;
+            let sectors = bytes.chunks_exact(SECTOR as usize);
+            weights.extend(sectors.map(|sector| sector.as_chunks::<4>().0.iter().map(weight).sum::<i64>()));
+            at += bytes.len() as u64;
+        }
+        Ok(weights)
     }
 }
 
