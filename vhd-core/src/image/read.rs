@@ -66,12 +66,8 @@ impl Sparse {
         if entry.is_full() {
             return visit(Run { range: whole, kind: RunKind::Present(data + part.within) });
         }
-        let bitmap = self
-            .bitmaps
-            .get(&*image.storage, &self.layout, sector)
-            .map_err(|error| image.read_error(error, self.layout.slot(sector).start))?;
-        if bitmap.all_set(0..self.layout.block_len(part.block).div_ceil(SECTOR)) {
-            self.bat.note_full(&*image.storage, part.block, entry);
+        let bitmap = self.bitmap(image, sector)?;
+        if self.note_if_full(image, part.block, entry, &bitmap) {
             return visit(Run { range: whole, kind: RunKind::Present(data + part.within) });
         }
         let block_start = self.layout.block_start(part.block);

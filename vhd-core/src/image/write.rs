@@ -54,8 +54,21 @@ impl Image {
 
 impl Sparse {
     /// True when all sectors that `part` touches are present in the block's slot.
-    fn is_present(&self, image: &Image, entry: Entry, sector: u32, sectors: Range<u64>) -> Result<bool> {
-        Ok(entry.is_full() || self.bitmap(image, sector)?.all_set(sectors))
+    fn is_present(&self, image: &Image, entry: Entry, sector: u32, part: &BlockPart) -> Result<bool> {
+        if entry.is_full() {
+            return Ok(true);
+        }
+        let bitmap = self.bitmap(image, sector)?;
+        Ok(self.note_if_full(image, part.block, entry, &bitmap) || bitmap.all_set(part.sectors()))
+    }
+
+    /// True when all sectors of a block are present. Nobody needs to ask its bitmap again then.
+    pub(super) fn note_if_full(&self, image: &Image, block: u32, entry: Entry, bitmap: &super::bitmap::Bitmap) -> bool {
+        let is_full = bitmap.all_set(0..self.layout.block_len(block).div_ceil(SECTOR));
+        if is_full {
+            self.bat.note_full(&*image.storage, block, entry);
+        }
+        is_full
     }
 
     pub(super) fn bitmap(&self, image: &Image, sector: u32) -> Result<std::sync::Arc<super::bitmap::Bitmap>> {
@@ -67,7 +80,7 @@ impl Sparse {
     fn write_part(&self, image: &Image, part: BlockPart, piece: &[IoSlice<'_>], below: &dyn Below) -> Result<()> {
         let entry = self.entry(image, part.block)?;
         if let Some(sector) = entry.sector()
-            && self.is_present(image, entry, sector, part.sectors())?
+            && self.is_present(image, entry, sector, &part)?
         {
             return image.write_file(piece, self.layout.data_offset(sector) + part.within);
         }
