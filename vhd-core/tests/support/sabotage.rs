@@ -23,8 +23,8 @@ const OPENING: (&str, &str) = ("open", "tests/crash: what_was_read_after_a_kill_
 /// Barriers of parts that have tests of their own, by how their functions begin, and which tests these are.
 const SHOWN_ELSEWHERE: [(&str, &str); 6] = [
     // Where closing cuts the file, that has another.
-    ("flush_locked < flush < close < ", "tests/crash: every_barrier_is_needed"),
-    ("publish < flush_locked < ", "tests/crash: every_barrier_is_needed"),
+    ("flush_alone < flush < close < ", "tests/crash: every_barrier_is_needed"),
+    ("publish < flush_alone < ", "tests/crash: every_barrier_is_needed"),
     ("mend < open < before < ", "tests/opening.rs"),
     ("run < set_parent < relink < ", "tests/reparent.rs"),
     ("run < set_size < move_data < ", "tests/resize.rs"),
