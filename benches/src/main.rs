@@ -5,6 +5,7 @@ mod chart;
 mod floor;
 mod guard;
 mod measure;
+mod nbd_floor;
 mod process;
 mod report;
 
@@ -43,6 +44,9 @@ struct Options {
     /// Serve a raw file on a folder instead, as the reference of the FUSE cases
     #[arg(long, num_args = 2, value_names = ["FILE", "FOLDER"])]
     serve_floor: Option<Vec<PathBuf>>,
+    /// Serve a raw file at a Unix socket instead, as the floor of the NBD cases
+    #[arg(long, num_args = 2, value_names = ["FILE", "SOCKET"])]
+    serve_nbd_floor: Option<Vec<PathBuf>>,
     /// Where the results go
     #[arg(long, default_value = "target/bench")]
     output: PathBuf,
@@ -61,6 +65,9 @@ fn main() -> Result<()> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         // As many as `vhd mount` has.
         return floor::serve(file, folder, (threads * 2).clamp(8, 16));
+    }
+    if let Some([file, socket]) = options.serve_nbd_floor.as_deref() {
+        return nbd_floor::serve(file, socket);
     }
     let rounds = options.rounds.unwrap_or(if options.long { 9 } else { 5 });
     let (memory, disk) = (tempfile::tempdir_in(&options.memory)?, tempfile::tempdir_in(&options.disk)?);

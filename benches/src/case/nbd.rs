@@ -10,6 +10,9 @@ use super::{Place, files};
 use crate::measure::{Goal, Row, Sample, Subject, Unit, alternate};
 use crate::process::{Server, run, vhd};
 
+/// The least that a server of the raw file can be.
+const FLOOR: &str = "a loop of recv, pread or pwrite, send on the raw file";
+
 /// A server of the same content as the others.
 struct Served {
     name: &'static str,
@@ -64,6 +67,9 @@ fn servers(folder: &Path, raw: &Path, image: &Path, mib: u64) -> Result<Vec<Serv
     let mut memory = Command::new("nbdkit");
     memory.args(["-f", "-U"]).arg(socket("memory")).args(["memory", &format!("{mib}M")]);
     found.push(Served::start("nbdkit memory", &mut memory, &socket("memory"))?);
+    let mut floor = Command::new(std::env::current_exe()?);
+    floor.arg("--serve-nbd-floor").arg(raw).arg(socket("floor"));
+    found.push(Served::start(FLOOR, &mut floor, &socket("floor"))?);
     let qemu_image: PathBuf = folder.join("qemu.vhd");
     // A copy: QEMU would write to the image that is served.
     std::fs::copy(image, &qemu_image)?;
@@ -91,20 +97,30 @@ pub fn nbd(place: &Place) -> Result<Vec<Row>> {
     let servers = servers(&place.memory, &raw, &image, mib)?;
     let mut rows = Vec::new();
     for (load, arguments, target) in LOADS {
-        let mut subjects: Vec<_> = servers
-            .iter()
-            .map(|served| Subject::new(served.name, || served.fio(arguments, mib << 20, place.seconds())))
-            .collect();
-        let mut own = subjects.remove(1).with_target(target);
-        if load.starts_with("random") {
-            own = own.with(Goal::Cpu(0.75));
-        }
-        subjects.insert(1, own);
+        let cpu = load.starts_with("random").then_some(Goal::Cpu(0.75));
+        let run = |served: &Served| served.fio(arguments, mib << 20, place.seconds());
+        let mut subjects = subjects(&servers, &run, target, cpu);
         rows.extend(alternate(&format!("NBD {load}"), Unit::PerSecond, place.rounds, &mut subjects)?);
     }
-    let mut subjects: Vec<_> = servers.iter().map(|served| Subject::new(served.name, || served.copy())).collect();
-    let own = subjects.remove(1).with_target(1.0 / 1.2);
-    subjects.insert(1, own);
+    let mut subjects = subjects(&servers, &Served::copy, 1.0 / 1.2, None);
     rows.extend(alternate("NBD, nbdcopy to null", Unit::Seconds, place.rounds, &mut subjects)?);
     Ok(rows)
+}
+
+/// All servers at one piece of work, this project's with its goals.
+fn subjects<'a>(
+    servers: &'a [Served],
+    run: &'a dyn Fn(&Served) -> Result<Sample>,
+    target: f64,
+    cpu: Option<Goal>,
+) -> Vec<Subject<'a>> {
+    let subject = |served: &'a Served| {
+        let subject = Subject::new(served.name, || run(served));
+        match served.name {
+            "vhd" => cpu.into_iter().fold(subject.with_target(target), Subject::with),
+            FLOOR => subject.being_floor(),
+            _ => subject,
+        }
+    };
+    servers.iter().map(subject).collect()
 }
