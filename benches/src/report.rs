@@ -36,7 +36,7 @@ impl Report {
         let line = |program: &str, arguments: &[&str]| output(program, arguments).unwrap_or_default().trim().to_owned();
         let model = line("sh", &["-c", "grep -m1 'model name' /proc/cpuinfo | cut -d: -f2; nproc; grep MemTotal /proc/meminfo"]);
         let model = model.split_whitespace().collect::<Vec<_>>().join(" ");
-        let file_system = |folder: &Path| line("findmnt", &["-n", "-o", "FSTYPE", "-T", &folder.to_string_lossy()]);
+        let file_system = |folder: &Path| line("findmnt", &["-n", "-f", "-o", "FSTYPE", "-T", &folder.to_string_lossy()]);
         Self {
             machine: format!("{model}, Linux {}", line("uname", &["-r"])),
             commit: line("git", &["describe", "--always", "--dirty", "--exclude", "*"]),
