@@ -5,6 +5,7 @@ mod input;
 mod output;
 mod sizes;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
@@ -41,13 +42,13 @@ fn main() -> ExitCode {
 }
 
 /// The command that the arguments ask for, as far as there is one: `vhd undo start`.
-fn command_named(arguments: impl Iterator<Item = String>) -> String {
+fn command_named(arguments: impl Iterator<Item = OsString>) -> String {
     let (mut command, mut name) = (&Cli::command(), String::from("vhd"));
     for argument in arguments {
         let Some(found) = command.find_subcommand(&argument) else { continue };
         command = found;
         name.push(' ');
-        name.push_str(&argument);
+        name.push_str(found.get_name());
     }
     name
 }
@@ -63,13 +64,13 @@ fn usage(error: &clap::Error) -> ExitCode {
     let lines: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
     let message = lines.join(" ");
     let message = message.trim_start_matches("error: ");
-    if std::env::args().any(|argument| argument == "--json") {
+    if std::env::args_os().any(|argument| argument == "--json") {
         let _ = output::write_json(&serde_json::json!({ "error": { "kind": "usage", "message": message } }));
     } else if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         // Who asks for nothing wants to know what there is.
         let _ = error.print();
     } else {
-        eprintln!("vhd: {message}; see {} --help", command_named(std::env::args().skip(1)));
+        eprintln!("vhd: {message}; see {} --help", command_named(std::env::args_os().skip(1)));
     }
     ExitCode::from(2)
 }

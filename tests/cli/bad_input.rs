@@ -102,6 +102,19 @@ fn names_that_are_not_utf_8_are_told_in_json_too() {
 }
 
 #[test]
+fn words_that_are_not_utf_8_are_refused_in_one_line() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = tempfile::tempdir().unwrap();
+    let odd = std::ffi::OsStr::from_bytes(b"\xff\xfe");
+    for (first, help) in [("frob", "see vhd --help"), ("undo", "see vhd undo --help")] {
+        let output = crate::support::vhd_in(folder.path()).arg(first).arg(odd).output().unwrap();
+        let output = expect(output, 2, first);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.lines().count() == 1 && said.starts_with("vhd: ") && said.contains(help), "{said}");
+    }
+}
+
+#[test]
 fn what_replaces_a_private_file_is_private() {
     use std::os::unix::fs::PermissionsExt;
     let folder = tempfile::tempdir().unwrap();
