@@ -172,6 +172,7 @@ impl View {
         // In this order, for a reader in between must see more changes of others, not fewer.
         self.all_changes.fetch_add(1, Ordering::SeqCst);
         self.own_changes.fetch_add(1, Ordering::SeqCst);
+        // As the kernel's own file systems do it: the time of the last tick, which costs nothing to look at.
         let now = clock_gettime(ClockId::RealtimeCoarse);
         let nanoseconds = now.tv_sec.saturating_mul(1_000_000_000).saturating_add(now.tv_nsec);
         self.modified.store(u64::try_from(nanoseconds).unwrap_or(0), Ordering::Relaxed);

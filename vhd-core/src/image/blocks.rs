@@ -138,7 +138,7 @@ impl Blocks {
             self.hole = start..next.as_ref().map_or(u64::MAX, |data| data.start);
             self.no_hole = next.unwrap_or_default();
         }
-        Ok(self.hole.end >= end && self.hole.start <= start)
+        Ok(self.hole.end >= end)
     }
 
     /// Replaces a block's sector bitmap: bits are cleared whose sectors read the same without them.
