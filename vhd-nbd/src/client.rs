@@ -49,6 +49,12 @@ impl Client {
         self.phase.subscribe()
     }
 
+    /// Waits until it ends now.
+    pub async fn given_up(&self) {
+        // What `wait_for` gives locks the phase, and the client's end looks at that.
+        drop(self.phase().wait_for(|phase| *phase == Phase::Ended).await);
+    }
+
     /// True when new requests are refused.
     #[must_use]
     pub fn is_ending(&self) -> bool {

@@ -29,6 +29,8 @@ pub enum Came {
     All,
     /// The end, or the word that the server ends.
     End,
+    /// Nothing for so long that a thread should not wait for it any more.
+    Silence,
 }
 
 impl<R: AsyncRead + Unpin> Input<R> {
@@ -54,11 +56,11 @@ impl<R: AsyncRead + Unpin> Input<R> {
         self.end - self.start
     }
 
-    /// Waits until `len` bytes, a few, can be looked at.
+    /// Waits until `len` bytes, a few, can be looked at; where `in_system`, for as long as the system waits.
     ///
     /// # Errors
     /// As the stream fails, or ends in the middle of them.
-    pub async fn wait(&mut self, len: usize) -> io::Result<Came> {
+    pub async fn wait(&mut self, len: usize, in_system: bool) -> io::Result<Came> {
         self.make_room();
         while self.end < len {
             let room = if self.long { len } else { self.window.len() };
@@ -67,6 +69,7 @@ impl<R: AsyncRead + Unpin> Input<R> {
                 biased;
                 count = read => count?,
                 _ = self.phase.wait_for(|phase| *phase != Phase::Serving) => return Ok(Came::End),
+                () = std::future::ready(()), if in_system => return Ok(Came::Silence),
             };
             match count {
                 0 if self.end == 0 => return Ok(Came::End),

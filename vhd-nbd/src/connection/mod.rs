@@ -1,24 +1,29 @@
 //! The transmission phase of a connection: one task reads requests, one writes replies, and the disk works in either
-//! the reading task, where it answers from memory, or in other threads, where it does not.
+//! the reading task, where it answers from memory, or in other threads, where it does not. A client that asks more than
+//! one thing at a time may have a thread in place of the reading task ([`place`]).
 //!
 //! Replies go out in any order. What a connection holds is bounded: long requests go in pieces, and the rest is counted
 //! ([`Flight`]).
 
 mod input;
 mod outbox;
+mod place;
+mod socket;
 mod work;
 
-pub use outbox::Direct;
+pub use socket::{Reader, Socket};
 
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use self::input::{Came, Input};
 use self::outbox::{Body, Outbox, Segment};
+use self::place::{Pause, Place};
 use self::work::Work;
 use crate::buffers::{PIECE, Pool};
 use crate::client::Client;
@@ -51,6 +56,8 @@ pub struct Shared {
     pub budget: Arc<Budget>,
     /// Where buffers come from.
     pub pool: Arc<Pool>,
+    /// Threads for clients that ask so much that it is worth one.
+    pub threads: Arc<Semaphore>,
 }
 
 /// A connection that has chosen its export.
@@ -68,6 +75,7 @@ pub struct Connection<R> {
     /// Requests since the last one that was waited for, and whether the wait before brought several.
     came: usize,
     came_several: bool,
+    place: Place,
     /// Requests that are not counted yet.
     asked: u64,
     extended: bool,
@@ -84,17 +92,17 @@ pub async fn serve(
     client: Arc<Client>,
     session: Session,
     visit: Visit,
-    (stream, ahead): (impl AsyncRead + Unpin, &[u8]),
-    (direct, writer): (Option<Direct>, Option<impl AsyncWrite + Unpin + Send + 'static>),
+    (stream, ahead): (impl AsyncRead + Unpin + Send + 'static, &[u8]),
+    (direct, writer): (Option<Arc<Socket>>, Option<impl AsyncWrite + Unpin + Send + 'static>),
 ) -> io::Result<()> {
     let flight = Flight::new(&shared.limits, Arc::clone(&shared.budget), Arc::clone(&client.share));
     let extended = session.extended();
-    let work = Arc::new(Work::new(visit, session, Outbox::new(direct, Arc::clone(&client)), &client.share));
+    let work = Arc::new(Work::new(visit, session, Outbox::new(direct.clone(), Arc::clone(&client)), &client.share));
     let mut writing = Writing::start(&work, writer);
-    let mut connection = Connection {
+    let connection = Connection {
         input: Input::new(stream, ahead, client.phase()),
-        work,
-        flight,
+        work: Arc::clone(&work),
+        flight: Arc::clone(&flight),
         client,
         pool: Arc::clone(&shared.pool),
         batch: Vec::with_capacity(BATCH),
@@ -102,21 +110,21 @@ pub async fn serve(
         row: 0,
         came: 0,
         came_several: false,
+        place: Place::new(direct, &shared.threads),
         asked: 0,
         extended,
     };
-    let ended = connection.run().await;
-    connection.send_batch();
+    let ended = connection.run_to_end().await;
     if ended.is_err() {
         // Nobody knows what the client understands.
-        connection.work.outbox.fail();
-    } else if tokio::time::timeout(LINGER, connection.flight.empty()).await.is_err() {
-        connection.work.outbox.fail();
+        work.outbox.fail();
+    } else if tokio::time::timeout(LINGER, flight.empty()).await.is_err() {
+        work.outbox.fail();
     }
-    connection.work.outbox.finish();
+    work.outbox.finish();
     let _ = tokio::time::timeout(LINGER, &mut writing.task).await;
     // What was begun uses the disk; who closes it waits for that.
-    connection.flight.empty().await;
+    flight.empty().await;
     ended
 }
 
@@ -152,7 +160,8 @@ impl Drop for EndOnPanic {
 }
 
 impl<R: AsyncRead + Unpin> Connection<R> {
-    async fn run(&mut self) -> io::Result<()> {
+    /// Serves requests for as long as this is the place for it.
+    async fn run(&mut self) -> io::Result<Pause> {
         let header = request_len(self.extended);
         loop {
             if !self.input.has(header) {
@@ -160,15 +169,20 @@ impl<R: AsyncRead + Unpin> Connection<R> {
                     continue;
                 }
                 self.send_batch();
-                if self.input.wait(header).await? == Came::End {
-                    return Ok(());
+                if let Some(pause) = self.place.look(self.came_several) {
+                    return Ok(pause);
+                }
+                match self.input.wait(header, self.place.is_thread()).await? {
+                    Came::All => {}
+                    Came::End => return Ok(Pause::End),
+                    Came::Silence => return Ok(Pause::Task),
                 }
             }
             let request = self.input.peek(header).and_then(|bytes| Request::parse(bytes, self.extended));
             let request = request.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "what came is no request"))?;
             self.input.skip(header);
             if request.command == Command::Disconnect {
-                return Ok(());
+                return Ok(Pause::End);
             }
             self.asked += 1;
             self.came += 1;

@@ -4,16 +4,15 @@
 //! waits for the writing task. So most replies cost no change of tasks, and no reply waits for a reader.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice, Read};
+use std::io::{self, IoSlice};
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use smallvec::SmallVec;
-use socket2::SockRef;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
-use tokio::net::{tcp, unix};
 use tokio::sync::Notify;
 
+use super::socket::Socket;
 use crate::buffers::Buffer;
 use crate::client::{Client, Phase};
 use crate::codec::Head;
@@ -61,40 +60,6 @@ impl Segment {
     }
 }
 
-/// A socket that can be written to without waiting.
-#[derive(Debug)]
-pub enum Direct {
-    /// TCP.
-    Tcp(tcp::OwnedWriteHalf),
-    /// Unix.
-    Unix(unix::OwnedWriteHalf),
-}
-
-impl Direct {
-    fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(socket) => socket.try_write_vectored(slices),
-            Self::Unix(socket) => socket.try_write_vectored(slices),
-        }
-    }
-
-    /// Bytes that came, where there are some already.
-    fn try_read(&self, buf: &mut [u8]) -> io::Result<usize> {
-        // Not as tokio does it: that knows of what comes only after it asked the system for all sockets.
-        match self {
-            Self::Tcp(socket) => (&*SockRef::from(socket.as_ref())).read(buf),
-            Self::Unix(socket) => (&*SockRef::from(socket.as_ref())).read(buf),
-        }
-    }
-
-    async fn writable(&self) -> io::Result<()> {
-        match self {
-            Self::Tcp(socket) => socket.writable().await,
-            Self::Unix(socket) => socket.writable().await,
-        }
-    }
-}
-
 #[derive(Debug, Default)]
 struct State {
     queue: VecDeque<Segment>,
@@ -138,7 +103,7 @@ fn with_slices<T>(queue: &VecDeque<Segment>, sent: usize, write: impl FnOnce(&[I
 #[derive(Debug)]
 pub struct Outbox {
     state: Mutex<State>,
-    direct: Option<Direct>,
+    direct: Option<Arc<Socket>>,
     /// Who is to end when it takes nothing any more.
     client: Arc<Client>,
     wake: Notify,
@@ -159,7 +124,7 @@ pub struct Stream<'a>(&'a Outbox);
 
 impl Outbox {
     /// Nothing waits.
-    pub fn new(direct: Option<Direct>, client: Arc<Client>) -> Self {
+    pub fn new(direct: Option<Arc<Socket>>, client: Arc<Client>) -> Self {
         Self { state: Mutex::default(), direct, client, wake: Notify::new(), moved: Notify::new() }
     }
 
@@ -273,7 +238,7 @@ impl Outbox {
         }
     }
 
-    async fn write_direct(&self, direct: &Direct) -> io::Result<()> {
+    async fn write_direct(&self, direct: &Socket) -> io::Result<()> {
         loop {
             let left = write_some(&mut self.lock(), direct)?;
             self.moved.notify_waiters();
@@ -311,7 +276,7 @@ impl Outbox {
 }
 
 /// Writes what the socket takes now; returns the bytes that are left.
-fn write_some(state: &mut State, direct: &Direct) -> io::Result<usize> {
+fn write_some(state: &mut State, direct: &Socket) -> io::Result<usize> {
     while !state.queue.is_empty() {
         match with_slices(&state.queue, state.sent, |slices| direct.try_write(slices)) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio_rustls::TlsAcceptor;
 use vhd_core::{Error, Result};
 
@@ -68,7 +68,8 @@ impl Server {
     #[must_use]
     pub fn new(table: Table, options: ServerOptions) -> Arc<Self> {
         let budget = Arc::new(Budget::new(options.limits.total_bytes));
-        let shared = Shared { limits: options.limits.clone(), budget, pool: Arc::<Pool>::default() };
+        let threads = Arc::new(Semaphore::new(cores()));
+        let shared = Shared { limits: options.limits.clone(), budget, pool: Arc::<Pool>::default(), threads };
         Arc::new(Self { table, clients: Clients::default(), shared, options, stop: Notify::new(), left: Notify::new() })
     }
 
@@ -177,12 +178,15 @@ impl Server {
     }
 }
 
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from).max(2)
+}
+
 fn runtime() -> io::Result<Runtime> {
-    let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let mut builder = Builder::new_multi_thread();
     // Who has something to ask is looked for after a few of the others' steps: each is a request or more.
     builder.event_interval(8);
-    builder.worker_threads(cores.max(2)).max_blocking_threads(DISK_THREADS).thread_name("vhd-nbd").enable_all();
+    builder.worker_threads(cores()).max_blocking_threads(DISK_THREADS).thread_name("vhd-nbd").enable_all();
     builder.build()
 }
 

@@ -9,7 +9,7 @@ use tokio::net::{TcpStream, UnixStream};
 
 use super::{Server, accept::Pipes};
 use crate::client::{Client, Phase};
-use crate::connection::{self, Direct};
+use crate::connection::{self, Reader, Socket};
 use crate::handshake::{Handshake, Session, Step};
 use crate::peer::Peer;
 
@@ -36,12 +36,9 @@ impl Server {
         let client = self.clients.add(peer, from, self.options.limits.connections)?;
         let server = Arc::clone(self);
         Some(tokio::spawn(async move {
-            let mut phase = client.phase();
-            // What `wait_for` gives locks the phase, and the client's end looks at that.
-            let given_up = async { drop(phase.wait_for(|phase| *phase == Phase::Ended).await) };
             let ended = tokio::select! {
                 ended = server.client(&client, stream) => ended,
-                () = given_up => Ok(()),
+                () = client.given_up() => Ok(()),
             };
             match ended {
                 Ok(()) => tracing::debug!("client {}: gone after {} requests", client.id, client.requests()),
@@ -143,21 +140,17 @@ impl Server {
     }
 
     async fn plain(&self, client: &Arc<Client>, session: Session, stream: Incoming, ahead: &[u8]) -> io::Result<()> {
-        type None = Option<tokio::io::Empty>;
-        match stream {
-            Incoming::Tcp(stream) => {
-                let (reader, writer) = stream.into_split();
-                self.transmit(client, session, false, (reader, ahead), (Some(Direct::Tcp(writer)), None::None)).await
-            }
-            Incoming::Unix(stream) => {
-                let (reader, writer) = stream.into_split();
-                self.transmit(client, session, false, (reader, ahead), (Some(Direct::Unix(writer)), None::None)).await
-            }
+        let socket = match stream {
+            Incoming::Tcp(stream) => Socket::new(stream.into_std()?.into()),
+            Incoming::Unix(stream) => Socket::new(stream.into_std()?.into()),
             Incoming::Pipes(pipes) => {
                 let (reader, writer) = pipes.into_split();
-                self.transmit(client, session, false, (reader, ahead), (None, Some(writer))).await
+                return self.transmit(client, session, false, (reader, ahead), (None, Some(writer))).await;
             }
-        }
+        };
+        let socket = Arc::new(socket);
+        let reader = Reader::new(Arc::clone(&socket));
+        self.transmit(client, session, false, (reader, ahead), (Some(socket), None::<tokio::io::Empty>)).await
     }
 
     async fn transmit(
@@ -165,8 +158,8 @@ impl Server {
         client: &Arc<Client>,
         session: Session,
         encrypted: bool,
-        input: (impl AsyncRead + Unpin, &[u8]),
-        output: (Option<Direct>, Option<impl AsyncWrite + Unpin + Send + 'static>),
+        input: (impl AsyncRead + Unpin + Send + 'static, &[u8]),
+        output: (Option<Arc<Socket>>, Option<impl AsyncWrite + Unpin + Send + 'static>),
     ) -> io::Result<()> {
         let visit = self.table.get(&session.export.name).and_then(|export| export.enter());
         let Some(visit) = visit else { return Ok(()) };

@@ -1,0 +1,107 @@
+//! Where the requests of a connection are served: in a task, or in a thread that waits for nothing else.
+
+use std::io;
+use std::sync::Arc;
+
+use tokio::io::AsyncRead;
+use tokio::runtime::Handle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::socket::Socket;
+use super::{Connection, EndOnPanic};
+
+/// A client with this score gets a thread, and keeps it until it has none.
+const BUSY: usize = 32;
+/// What a wait counts that found the client ahead of its replies, against 1 for one that did not. Who asks one thing at a
+/// time is never ahead.
+const AHEAD: usize = 4;
+
+/// Why requests are not gone on with where they were served.
+pub enum Pause {
+    /// The session ends.
+    End,
+    /// A thread is to go on.
+    Thread(OwnedSemaphorePermit),
+    /// A task is to go on.
+    Task,
+}
+
+/// Where a connection is, and whether it should be there.
+#[derive(Debug)]
+pub struct Place {
+    /// Where there is none, no thread can wait for it.
+    socket: Option<Arc<Socket>>,
+    /// Rights to a thread. There are as many as processors: more would only wait for each other, and tasks for them all.
+    threads: Arc<Semaphore>,
+    in_thread: bool,
+    score: usize,
+}
+
+impl Place {
+    /// A task.
+    pub fn new(socket: Option<Arc<Socket>>, threads: &Arc<Semaphore>) -> Self {
+        Self { socket, threads: Arc::clone(threads), in_thread: false, score: 0 }
+    }
+
+    /// True in a thread.
+    pub fn is_thread(&self) -> bool {
+        self.in_thread
+    }
+
+    /// Where the next requests are to be waited for, if that is not here. Several came at once last time, or did not.
+    pub fn look(&mut self, came_several: bool) -> Option<Pause> {
+        let socket = self.socket.as_ref()?;
+        let ahead = came_several || self.in_thread && !socket.had_to_wait();
+        self.score = if ahead { BUSY.min(self.score + AHEAD) } else { self.score.saturating_sub(1) };
+        match (self.in_thread, self.score) {
+            (true, 0) => Some(Pause::Task),
+            (false, BUSY) => Arc::clone(&self.threads).try_acquire_owned().ok().map(Pause::Thread),
+            _ => None,
+        }
+    }
+
+    fn set_thread(&mut self, yes: bool) {
+        self.in_thread = yes;
+        if let Some(socket) = &self.socket {
+            socket.wait_in_system(yes);
+        }
+    }
+}
+
+impl<R: AsyncRead + Unpin + Send + 'static> Connection<R> {
+    /// Serves requests, now here, now there, to the end of the session.
+    ///
+    /// # Errors
+    /// As the stream fails, or when the client is not understood.
+    pub(super) async fn run_to_end(mut self) -> io::Result<()> {
+        let mut paused = self.run().await;
+        let ended = loop {
+            match paused {
+                Ok(Pause::End) => break Ok(()),
+                Ok(Pause::Task) => paused = self.run().await,
+                Ok(Pause::Thread(permit)) => (self, paused) = self.run_in_thread(permit).await?,
+                Err(error) => break Err(error),
+            }
+        };
+        self.send_batch();
+        ended
+    }
+
+    async fn run_in_thread(mut self, permit: OwnedSemaphorePermit) -> io::Result<(Self, io::Result<Pause>)> {
+        let (guard, client, runtime) = (EndOnPanic(Arc::clone(&self.work)), Arc::clone(&self.client), Handle::current());
+        let run = move || {
+            let (_guard, _permit) = (guard, permit);
+            self.place.set_thread(true);
+            // Who waits for this thread may have given up on it, and on the client.
+            let paused = runtime.block_on(async {
+                tokio::select! {
+                    paused = self.run() => paused,
+                    () = client.given_up() => Ok(Pause::End),
+                }
+            });
+            self.place.set_thread(false);
+            (self, paused)
+        };
+        tokio::task::spawn_blocking(run).await.map_err(io::Error::other)
+    }
+}
