@@ -57,6 +57,15 @@ fn a_client_that_takes_nothing_does_not_hold_up_the_end_for_long() {
     let mut silent = Wire::open(&server.socket(), "", Style::Structured);
     silent.request(DF, READ, 1, 0, 64 << 20);
     silent.take(1 << 20);
+    // One that has a thread of its own, as it asked much at a time, and then stops in the middle of a write.
+    let mut busy = Wire::open(&server.socket(), "", Style::Structured);
+    for _ in 0..200 {
+        let requests: Vec<_> = (0..8).flat_map(|cookie| busy.request_bytes(0, READ, cookie, 4096 * cookie, 4096)).collect();
+        busy.send(&requests);
+        (0..8).for_each(|_| drop(busy.replies(4096)));
+    }
+    busy.request(0, WRITE, 1, 0, 4096);
+    busy.send(&[1; 1000]);
     let began = Instant::now();
     server.stop();
     assert!(began.elapsed() < Duration::from_secs(40), "{:?}", began.elapsed());

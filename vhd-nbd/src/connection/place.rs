@@ -105,3 +105,53 @@ impl<R: AsyncRead + Unpin + Send + 'static> Connection<R> {
         tokio::task::spawn_blocking(run).await.map_err(io::Error::other)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn place(threads: &Arc<Semaphore>) -> (Place, Arc<Socket>, UnixStream) {
+        let (client, socket) = UnixStream::pair().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let socket = Arc::new(Socket::new(socket.into()));
+        (Place::new(Some(Arc::clone(&socket)), threads), socket, client)
+    }
+
+    fn becomes_busy(place: &mut Place) -> Option<OwnedSemaphorePermit> {
+        (0..BUSY).find_map(|_| match place.look(true) {
+            Some(Pause::Thread(permit)) => Some(permit),
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn who_asks_one_thing_at_a_time_gets_no_thread_and_who_asks_more_does_while_there_are_some() {
+        let threads = Arc::new(Semaphore::new(1));
+        let (mut one_by_one, ..) = place(&threads);
+        assert!((0..10 * BUSY).all(|_| one_by_one.look(false).is_none()));
+        let [(mut first, ..), (mut second, ..)] = [place(&threads), place(&threads)];
+        let permit = becomes_busy(&mut first).unwrap();
+        assert!(becomes_busy(&mut second).is_none());
+        drop(permit);
+        assert!(becomes_busy(&mut second).is_some());
+        assert!(becomes_busy(&mut Place::new(None, &threads)).is_none(), "nobody can wait for it");
+    }
+
+    #[test]
+    fn a_thread_is_kept_by_who_is_ahead_of_it_and_lost_by_who_has_to_be_waited_for() {
+        let (mut place, socket, mut client) = place(&Arc::new(Semaphore::new(1)));
+        let _permit = becomes_busy(&mut place).unwrap();
+        place.set_thread(true);
+        for _ in 0..10 * BUSY {
+            client.write_all(b"x").unwrap();
+            assert_eq!(socket.read_or_wait(&mut [0; 8]).unwrap(), Some(1));
+            assert!(place.look(false).is_none());
+        }
+        assert_eq!(socket.read_or_wait(&mut [0; 8]).unwrap(), None);
+        let lost = (0..BUSY).position(|_| matches!(place.look(false), Some(Pause::Task)));
+        assert_eq!(lost, Some(BUSY - 1));
+    }
+}

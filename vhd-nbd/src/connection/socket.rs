@@ -82,7 +82,10 @@ impl Socket {
     }
 
     /// Reads, and waits a moment for what it reads. `None` when nothing came.
-    fn read_or_wait(&self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+    ///
+    /// # Errors
+    /// As the client is gone.
+    pub fn read_or_wait(&self, buf: &mut [u8]) -> io::Result<Option<usize>> {
         self.had_to_wait.store(false, Ordering::Relaxed);
         loop {
             match self.try_read(buf) {
