@@ -18,6 +18,7 @@ struct Served {
     /// The least of the work that it can be asked for in a reasonable time.
     is_slow: bool,
     is_writable: bool,
+    is_floor: bool,
     server: Server,
 }
 
@@ -26,7 +27,7 @@ impl Served {
         std::fs::create_dir_all(&folder)?;
         let file = folder.join(file);
         let server = Server::start(command, &file)?;
-        Ok(Self { name, file, mount: folder, is_slow: false, is_writable: true, server })
+        Ok(Self { name, file, mount: folder, is_slow: false, is_writable: true, is_floor: false, server })
     }
 
     fn fio(&self, arguments: &[&str], seconds: f64) -> Result<Sample> {
@@ -80,9 +81,12 @@ const LOADS: [(&str, &[&str]); 6] = [
 fn servers(memory: &Path, raw: &Path, image: &Path) -> Result<Vec<Served>> {
     let mut found = Vec::new();
     let folder = |name: &str| memory.join(name);
-    let mut floor = Command::new(std::env::current_exe()?);
-    floor.arg("--serve-floor").arg(raw).arg(folder("floor"));
-    found.push(Served::start("fuser, pread and pwrite on the raw file", folder("floor"), "disk.raw", &mut floor)?);
+    let least = |name, file: &Path, folder: PathBuf| {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("--serve-floor").arg(file).arg(&folder);
+        Served::start(name, folder, "disk.raw", &mut command)
+    };
+    found.push(least("fuser, pread and pwrite on the raw file", raw, folder("floor"))?);
     let mut own = Command::new(vhd()?);
     own.args(["mount", "--foreground"]).arg(image).arg(folder("vhd"));
     found.push(Served::start("vhd mount", folder("vhd"), "disk.raw", &mut own)?);
@@ -97,6 +101,12 @@ fn servers(memory: &Path, raw: &Path, image: &Path) -> Result<Vec<Served>> {
         (served.is_slow, served.is_writable) = (true, false);
         found.push(served);
     }
+    // The same as the reference but for where the host put its pages: what it differs by says nothing of who serves.
+    let copy = memory.join("copy.img");
+    std::fs::copy(raw, &copy)?;
+    let mut floor = least("the same on a copy of the raw file", &copy, folder("floor of the copy"))?;
+    floor.is_floor = true;
+    found.push(floor);
     Ok(found)
 }
 
@@ -111,7 +121,20 @@ fn storage_daemon(memory: &Path, image: &Path) -> Result<Served> {
     command.arg(format!("type=fuse,id=e,node-name=v,mountpoint={},writable=on,growable=off", file.display()));
     command.arg("--pidfile").arg(&ready);
     let server = Server::start(&mut command, &ready)?;
-    Ok(Served { name: "qemu-storage-daemon, vpc", mount: file.clone(), file, is_slow: false, is_writable: true, server })
+    Ok(Served {
+        name: "qemu-storage-daemon, vpc",
+        mount: file.clone(),
+        file,
+        is_slow: false,
+        is_writable: true,
+        is_floor: false,
+        server,
+    })
+}
+
+fn subject<'a>(served: &Served, run: impl FnMut() -> Result<Sample> + 'a) -> Subject<'a> {
+    let subject = Subject::new(served.name, run);
+    if served.is_floor { subject.being_floor() } else { subject }
 }
 
 pub fn fuse(place: &Place) -> Result<Vec<Row>> {
@@ -123,12 +146,12 @@ pub fn fuse(place: &Place) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for (load, arguments) in LOADS {
         let able = servers.iter().filter(|served| served.is_writable || !load.contains("write"));
-        let subjects = able.map(|served| Subject::new(served.name, || served.fio(arguments, place.seconds())));
+        let subject = |served| subject(served, move || served.fio(arguments, place.seconds()));
         let mut subjects: Vec<_> =
-            subjects.enumerate().map(|(n, one)| if n == 1 { one.with_target(0.95) } else { one }).collect();
+            able.map(subject).enumerate().map(|(n, one)| if n == 1 { one.with_target(0.95) } else { one }).collect();
         rows.extend(alternate(&format!("FUSE {load}"), Unit::PerSecond, place.rounds, &mut subjects)?);
     }
-    let subjects = servers.iter().map(|served| Subject::new(served.name, || served.cold(mib)));
+    let subjects = servers.iter().map(|served| subject(served, || served.cold(mib)));
     // 2 GB a second at least.
     let most = (mib << 20) as f64 / 2e9;
     let mut subjects: Vec<_> = subjects
