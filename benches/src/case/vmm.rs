@@ -1,14 +1,18 @@
 //! What a guest's requests cost the host: the device alone, and through KVM.
 
 use std::cell::RefCell;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
+use std::io::{IoSlice, IoSliceMut};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use nix::time::{ClockId, clock_gettime};
-use vhd_core::Disk;
+use vhd_core::block::{BlockDevice, Capabilities, Extent, ExtentState, ZeroMode};
 use vhd_core::chain::Chain;
+use vhd_core::{Disk, Error, ErrorKind};
 use vhd_testkit::rings::{Ring, kind};
 use vhd_vmm::memory::Memory;
 use vhd_vmm::virtio::block::{Block, BlockOptions, QueueOwner};
@@ -24,6 +28,8 @@ const SIZE: u64 = 256 << 20;
 const RINGS: u64 = 1 << 20;
 const DATA: u64 = 4 << 20;
 const QUEUE_SIZE: u16 = 256;
+/// Where the data of blocks begins in a small image, at least.
+const FIRST_DATA: u64 = 8 << 10;
 
 /// A driver that polls.
 struct Polling;
@@ -95,30 +101,73 @@ impl Device {
     }
 }
 
+/// Bytes of an image's file as a disk, whatever they mean there: nothing but reads of the pages that the dynamic disk reads.
+struct Bare(File);
+
+impl BlockDevice for Bare {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { size: SIZE, read_only: true, discard_granularity: 4096, layers: 1 }
+    }
+
+    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> vhd_core::Result<()> {
+        let mut at = FIRST_DATA + offset;
+        for buf in bufs {
+            self.0.read_exact_at(buf, at).map_err(|error| Error::io(error, "can't be read"))?;
+            at += buf.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn write_vectored_at(&self, _bufs: &[IoSlice<'_>], _offset: u64) -> vhd_core::Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "is only read"))
+    }
+
+    fn flush(&self) -> vhd_core::Result<()> {
+        Ok(())
+    }
+
+    fn zero(&self, _range: Range<u64>, _mode: ZeroMode) -> vhd_core::Result<()> {
+        Err(Error::new(ErrorKind::ReadOnly, "is only read"))
+    }
+
+    fn extents(&self, range: Range<u64>, visit: &mut dyn FnMut(Extent) -> vhd_core::Result<()>) -> vhd_core::Result<()> {
+        visit(Extent { range, state: ExtentState::Data, depth: 0, offset: None })
+    }
+
+    fn layer_path(&self, _depth: usize) -> Option<PathBuf> {
+        None
+    }
+
+    fn close(&self) -> vhd_core::Result<()> {
+        Ok(())
+    }
+}
+
 /// Processor seconds of this thread so far.
 fn processor() -> Result<f64> {
     let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
     Ok(time.tv_sec() as f64 + time.tv_nsec() as f64 * 1e-9)
 }
 
-fn filled(disk: &Disk) -> Result<()> {
+/// Fills disks by turns: who comes first gets other pages of the host, and they may be slower to read.
+fn filled(disks: &[&Disk]) -> Result<()> {
     let noise = Random(1).bytes(1 << 20);
     for mib in 0..SIZE >> 20 {
-        disk.write_at(&noise, mib << 20)?;
+        disks.iter().try_for_each(|disk| disk.write_at(&noise, mib << 20))?;
     }
-    Ok(disk.flush()?)
+    Ok(disks.iter().try_for_each(|disk| disk.flush())?)
 }
 
-/// The device alone, on a dynamic disk against a raw file; and on the raw file 4 KiB further on, as the blocks of a dynamic
-/// disk begin on pages, and on nothing larger: what that costs is the host's page cache.
+/// The device alone, on a dynamic disk against a raw file. Besides, on the raw file 4 KiB further on, as the blocks of a dynamic
+/// disk begin on pages, and on nothing larger; and on the bytes of the image's file: what they differ by is the host's doing.
 pub fn device(place: &Place) -> Result<Vec<Row>> {
     let (image, raw) = (place.memory.join("device.vhd"), place.memory.join("device.img"));
     new_dynamic(&image, SIZE, 1)?;
     let file = OpenOptions::new().create(true).truncate(true).write(true).open(&raw)?;
     file.set_len(SIZE)?;
     let (dynamic, plain) = (open(&image, true)?, Disk::new(Chain::open_raw(&raw, true)?));
-    filled(&dynamic)?;
-    filled(&plain)?;
+    filled(&[&dynamic, &plain])?;
+    let mut bare = Device::new(Disk::new(Bare(File::open(&image)?)))?;
     // Two take turns with the raw file.
     let (mut dynamic, plain) = (Device::new(dynamic)?, RefCell::new(Device::new(plain)?));
     let mut rows = Vec::new();
@@ -127,11 +176,14 @@ pub fn device(place: &Place) -> Result<Vec<Row>> {
             for depth in [1, 32] {
                 let total = if place.long { 4 } else { 1 } * if bytes == 4096 { 40_000 } else { 8_000 };
                 let work = Work { kind, bytes, depth, total: total / depth * depth };
-                let mut subjects = [
+                let mut subjects = vec![
                     Subject::new("raw file", || plain.borrow_mut().serve(work, 0)),
                     Subject::new("dynamic disk", || dynamic.serve(work, 0)).with_target(1.1),
                     Subject::new("raw file, 4 KiB further", || plain.borrow_mut().serve(work, 8)),
                 ];
+                if kind == kind::IN {
+                    subjects.push(Subject::new("the image's own bytes", || bare.serve(work, 0)).being_floor());
+                }
                 let case = format!("virtio-blk {name} {} KiB, depth {depth}: processor time a request", bytes >> 10);
                 rows.extend(alternate(&case, Unit::Seconds, place.rounds, &mut subjects)?);
             }
@@ -161,9 +213,7 @@ pub fn kvm(place: &Place) -> Result<Vec<Row>> {
     let program = vhd()?;
     run(Command::new(&program).args(["create", "--size", "256M", "--type", "fixed"]).arg(&fixed))?;
     run(Command::new(&program).args(["create", "--size", "256M"]).arg(&dynamic))?;
-    for image in [&fixed, &dynamic] {
-        filled(&open(image, true)?)?;
-    }
+    filled(&[&open(&fixed, true)?, &open(&dynamic, true)?])?;
     let machine = |image: &Path, requests: u64| -> Result<f64> {
         let mut command = Command::new(&program);
         command.arg("run").arg("--kernel").arg(&guest).args(["--memory", "16M", "--append"]);
