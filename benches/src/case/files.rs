@@ -62,6 +62,26 @@ pub fn noise(path: &Path, mib: u64) -> Result<()> {
     Ok(file.get_ref().sync_all()?)
 }
 
+/// Raw files and dynamic images with the same noise all over, written by turns: who is written first gets other pages of the
+/// host, and to read those may take half as long again.
+pub fn alike(raw: &[&Path], images: &[&Path], mib: u64) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    let files = raw.iter().map(File::create).collect::<std::io::Result<Vec<_>>>()?;
+    let open_new = |(path, id): (&&Path, u8)| {
+        new_dynamic(path, mib << 20, id)?;
+        open(path, true)
+    };
+    let disks = images.iter().zip(1..).map(open_new).collect::<Result<Vec<_>>>()?;
+    let mut random = Random(2);
+    for at in (0..mib).map(|mib| mib << 20) {
+        let noise = random.bytes(1 << 20);
+        files.iter().try_for_each(|file| file.write_all_at(&noise, at))?;
+        disks.iter().try_for_each(|disk| disk.write_at(&noise, at))?;
+    }
+    files.iter().try_for_each(File::sync_all)?;
+    Ok(disks.iter().try_for_each(|disk| disk.close())?)
+}
+
 pub fn options(writable: bool) -> ChainOptions {
     let image = OpenOptions { writable, ..OpenOptions::default() };
     ChainOptions { image, ..ChainOptions::default() }

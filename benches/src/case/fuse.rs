@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{Place, files};
 use crate::measure::{Goal, Row, Sample, Subject, Unit, alternate};
-use crate::process::{Server, exists, run, shell, vhd};
+use crate::process::{Server, exists, shell, vhd};
 
 /// A disk as a file, and who serves it.
 struct Served {
@@ -78,7 +78,7 @@ const LOADS: [(&str, &[&str]); 6] = [
     ("random write 4 KiB, direct, depth 32", &["--rw=randwrite", "--bs=4k", "--ioengine=io_uring", "--iodepth=32"]),
 ];
 
-fn servers(memory: &Path, raw: &Path, image: &Path) -> Result<Vec<Served>> {
+fn servers(memory: &Path, [raw, copy]: [&Path; 2], [image, for_qemu]: [&Path; 2]) -> Result<Vec<Served>> {
     let mut found = Vec::new();
     let folder = |name: &str| memory.join(name);
     let least = |name, file: &Path, folder: PathBuf| {
@@ -91,7 +91,7 @@ fn servers(memory: &Path, raw: &Path, image: &Path) -> Result<Vec<Served>> {
     own.args(["mount", "--foreground"]).arg(image).arg(folder("vhd"));
     found.push(Served::start("vhd mount", folder("vhd"), "disk.raw", &mut own)?);
     if exists("qemu-storage-daemon") {
-        found.push(storage_daemon(memory, image)?);
+        found.push(storage_daemon(memory, for_qemu)?);
     }
     if exists("vhdimount") {
         let mut other = Command::new("vhdimount");
@@ -101,22 +101,18 @@ fn servers(memory: &Path, raw: &Path, image: &Path) -> Result<Vec<Served>> {
         (served.is_slow, served.is_writable) = (true, false);
         found.push(served);
     }
-    // The same as the reference but for where the host put its pages: what it differs by says nothing of who serves.
-    let copy = memory.join("copy.img");
-    std::fs::copy(raw, &copy)?;
-    let mut floor = least("the same on a copy of the raw file", &copy, folder("floor of the copy"))?;
+    // The reference once more: what it differs by says nothing of who serves.
+    let mut floor = least("the same on a copy of the raw file", copy, folder("floor of the copy"))?;
     floor.is_floor = true;
     found.push(floor);
     Ok(found)
 }
 
-/// On a copy: QEMU would write to the image that is served.
 fn storage_daemon(memory: &Path, image: &Path) -> Result<Served> {
-    let (copy, file, ready) = (memory.join("daemon.vhd"), memory.join("daemon.raw"), memory.join("daemon.pid"));
-    std::fs::copy(image, &copy)?;
+    let (file, ready) = (memory.join("daemon.raw"), memory.join("daemon.pid"));
     std::fs::write(&file, "")?;
     let mut command = Command::new("qemu-storage-daemon");
-    command.arg("--blockdev").arg(format!("driver=file,node-name=f,filename={},aio=threads", copy.display()));
+    command.arg("--blockdev").arg(format!("driver=file,node-name=f,filename={},aio=threads", image.display()));
     command.args(["--blockdev", "driver=vpc,node-name=v,file=f", "--export"]);
     command.arg(format!("type=fuse,id=e,node-name=v,mountpoint={},writable=on,growable=off", file.display()));
     command.arg("--pidfile").arg(&ready);
@@ -140,9 +136,10 @@ fn subject<'a>(served: &Served, run: impl FnMut() -> Result<Sample> + 'a) -> Sub
 pub fn fuse(place: &Place) -> Result<Vec<Row>> {
     let mib = if place.long { 2048 } else { 1024 };
     let (raw, image) = (place.memory.join("fuse.img"), place.memory.join("fuse.vhd"));
-    files::noise(&raw, mib)?;
-    run(Command::new(vhd()?).arg("convert").arg(&raw).arg(&image))?;
-    let servers = servers(&place.memory, &raw, &image)?;
+    // A copy for the floor, and one for QEMU, which would write to the image that is served.
+    let (copy, for_qemu) = (place.memory.join("copy.img"), place.memory.join("daemon.vhd"));
+    files::alike(&[&raw, &copy], &[&image, &for_qemu], mib)?;
+    let servers = servers(&place.memory, [&raw, &copy], [&image, &for_qemu])?;
     let mut rows = Vec::new();
     for (load, arguments) in LOADS {
         let able = servers.iter().filter(|served| served.is_writable || !load.contains("write"));

@@ -1,6 +1,6 @@
 //! NBD over a Unix socket: this server and others, in front of the same clients.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -55,7 +55,7 @@ impl Served {
 }
 
 /// All servers: the reference first, this project's second.
-fn servers(folder: &Path, raw: &Path, image: &Path, mib: u64) -> Result<Vec<Served>> {
+fn servers(folder: &Path, raw: &Path, [image, for_qemu]: [&Path; 2], mib: u64) -> Result<Vec<Served>> {
     let socket = |name: &str| folder.join(format!("{name}.sock"));
     let mut found = Vec::new();
     let mut nbdkit = Command::new("nbdkit");
@@ -70,11 +70,8 @@ fn servers(folder: &Path, raw: &Path, image: &Path, mib: u64) -> Result<Vec<Serv
     let mut floor = Command::new(std::env::current_exe()?);
     floor.arg("--serve-nbd-floor").arg(raw).arg(socket("floor"));
     found.push(Served::start(FLOOR, &mut floor, &socket("floor"))?);
-    let qemu_image: PathBuf = folder.join("qemu.vhd");
-    // A copy: QEMU would write to the image that is served.
-    std::fs::copy(image, &qemu_image)?;
     let mut qemu = Command::new("qemu-nbd");
-    qemu.arg("-k").arg(socket("qemu")).args(["-f", "vpc", "--aio=threads", "-e", "8", "-t"]).arg(&qemu_image);
+    qemu.arg("-k").arg(socket("qemu")).args(["-f", "vpc", "--aio=threads", "-e", "8", "-t"]).arg(for_qemu);
     found.push(Served::start("qemu-nbd, vpc", &mut qemu, &socket("qemu"))?);
     Ok(found)
 }
@@ -92,9 +89,10 @@ const LOADS: [(&str, &[&str], f64); 7] = [
 pub fn nbd(place: &Place) -> Result<Vec<Row>> {
     let mib = if place.long { 2048 } else { 512 };
     let (raw, image) = (place.memory.join("nbd.img"), place.memory.join("nbd.vhd"));
-    files::noise(&raw, mib)?;
-    run(Command::new(vhd()?).arg("convert").arg(&raw).arg(&image))?;
-    let servers = servers(&place.memory, &raw, &image, mib)?;
+    // QEMU's own: it would write to the image that is served.
+    let for_qemu = place.memory.join("qemu.vhd");
+    files::alike(&[&raw], &[&image, &for_qemu], mib)?;
+    let servers = servers(&place.memory, &raw, [&image, &for_qemu], mib)?;
     let mut rows = Vec::new();
     for (load, arguments, target) in LOADS {
         let cpu = load.starts_with("random").then_some(Goal::Cpu(0.75));
