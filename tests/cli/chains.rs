@@ -80,6 +80,22 @@ fn a_parent_beside_its_child_is_not_written() {
 }
 
 #[test]
+fn compacting_a_parent_is_refused_for_what_it_does_to_its_children() {
+    let folder = chain();
+    let dir = folder.path();
+    let before = fs::read(dir.join("base.vhd")).unwrap();
+    let said = refused(dir, "compact base.vhd");
+    assert!(said.contains("leaf.vhd: children read the same") && said.contains("last changed"), "{said}");
+    assert!(!said.contains("destroy") && said.contains("--force"), "{said}");
+    let said = refused(dir, "compact base.vhd --free-space");
+    assert!(said.contains("leaf.vhd, which may need what --free-space drops"), "{said}");
+    assert!(fs::read(dir.join("base.vhd")).unwrap() == before);
+    done(dir, "convert leaf.vhd before.raw");
+    done(dir, "compact base.vhd --force");
+    done(dir, "compare leaf.vhd before.raw");
+}
+
+#[test]
 fn protect_parent_makes_it_read_only() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();
