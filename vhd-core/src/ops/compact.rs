@@ -72,7 +72,7 @@ pub fn compact(
         refuse_parent(path, options)?;
     }
     let image = OpenOptions { writable: !options.dry_run, force: options.force, background_flush: None, ..chain.image.clone() };
-    let chain = Chain::open(path, &ChainOptions { image, ..chain.clone() })?;
+    let chain = Chain::open(path, &ChainOptions { image, rehearsal: options.dry_run, ..chain.clone() })?;
     let Some(image) = chain.layers()[0].image().cloned() else {
         return Err(Error::new(ErrorKind::InvalidInput, "is no VHD").at(path));
     };
