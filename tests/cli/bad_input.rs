@@ -80,6 +80,18 @@ fn sizes_and_offsets_near_the_largest_number_are_refused() {
 }
 
 #[test]
+fn what_is_no_size_is_said_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create disk.vhd --size 4M");
+    for word in ["frob", "much", "M"] {
+        let said = refused(dir, &format!("resize disk.vhd {word}"));
+        assert!(said.contains("expected a whole number") && !said.contains("suffix"), "{said}");
+    }
+    assert!(refused(dir, "resize disk.vhd 4xb").contains("unknown suffix \"xb\""));
+}
+
+#[test]
 fn names_that_are_not_utf_8_are_told_in_json_too() {
     use std::os::unix::ffi::OsStrExt;
     let folder = tempfile::tempdir().unwrap();
