@@ -96,6 +96,16 @@ fn compacting_a_parent_is_refused_for_what_it_does_to_its_children() {
 }
 
 #[test]
+fn an_image_is_not_merged_into_itself() {
+    let folder = chain();
+    let dir = folder.path();
+    assert!(refused(dir, "merge base.vhd").contains("base.vhd: has no parent to merge into"));
+    for line in ["merge leaf.vhd --into leaf.vhd", "merge base.vhd --into base.vhd"] {
+        assert!(refused(dir, line).contains("can't be merged into itself"));
+    }
+}
+
+#[test]
 fn protect_parent_makes_it_read_only() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();

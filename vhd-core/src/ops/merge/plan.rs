@@ -170,10 +170,12 @@ fn depth_of_target(chain: &Chain, into: Option<&Path>) -> Result<usize> {
         None => 1,
         Some(into) => crate::ops::diff::depth_of(chain, into)?,
     };
-    match chain.layers().get(depth) {
-        Some(_) if depth > 0 => Ok(depth),
-        _ => Err(Error::new(ErrorKind::InvalidInput, "has no parent to merge into").at(leaf)),
-    }
+    let message = match chain.layers().get(depth) {
+        Some(_) if depth > 0 => return Ok(depth),
+        Some(_) => "can't be merged into itself; --into takes its parent, or one of that one's",
+        None => "has no parent to merge into",
+    };
+    Err(Error::new(ErrorKind::InvalidInput, message).at(leaf))
 }
 
 /// Children of the target and of the images between that are not part of the merge.
