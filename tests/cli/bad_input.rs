@@ -172,6 +172,22 @@ fn a_truncated_image_gives_no_half_made_output() {
 }
 
 #[test]
+fn a_file_that_can_not_be_made_is_named_as_the_user_named_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create source.vhd --size 4M");
+    fs::write(dir.join("file"), b"no folder").unwrap();
+    for (line, name) in [
+        ("convert source.vhd file/out.vhd", "file/out.vhd"),
+        ("convert source.vhd missing/out.raw", "missing/out.raw"),
+        ("create file/out.vhd --size 4M", "file/out.vhd"),
+    ] {
+        let said = refused(dir, line);
+        assert!(said.starts_with(&format!("vhd: {name}: can't be created: ")), "{said}");
+    }
+}
+
+#[test]
 fn existing_files_are_not_replaced_unless_told() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();
