@@ -3,15 +3,20 @@
 /// Reads a size: plain bytes, or with a binary suffix K, M, G or T (`10G`, `10GiB`).
 pub fn parse(text: &str) -> Result<u64, String> {
     let number = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-    let shift = match text[number.len()..].to_ascii_uppercase().trim_end_matches("IB").trim_end_matches('B') {
+    let expected = "expected a whole number, then K, M, G or T or nothing";
+    if number.is_empty() {
+        return Err(expected.to_owned());
+    }
+    let given = &text[number.len()..];
+    let shift = match given.to_ascii_uppercase().trim_end_matches("IB").trim_end_matches('B') {
         "" => 0,
         "K" => 10,
         "M" => 20,
         "G" => 30,
         "T" => 40,
-        suffix => return Err(format!("unknown suffix \"{suffix}\", expected K, M, G or T")),
+        _ => return Err(format!("unknown suffix \"{given}\", expected K, M, G or T")),
     };
-    let value: u64 = number.parse().map_err(|_| "expected a whole number, then K, M, G or T or nothing".to_owned())?;
+    let value: u64 = number.parse().map_err(|_| expected.to_owned())?;
     value.checked_mul(1 << shift).ok_or_else(|| "is too large".to_owned())
 }
 

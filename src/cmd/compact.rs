@@ -25,7 +25,7 @@ pub struct CompactArgs {
     /// Move all blocks to where their data begins on a 4 KiB boundary
     #[arg(long)]
     realign: bool,
-    /// Go on although a saved state relies on an image or it has children (which it does not change for them)
+    /// Go on although a saved state relies on an image or it has children, which read the same but with --free-space
     #[arg(long)]
     force: bool,
     /// Say what would be done, and do nothing
@@ -92,7 +92,8 @@ impl CompactArgs {
     }
 
     fn compact<'a>(&self, image: &'a Path, context: &Context) -> Result<Done<'a>, Error> {
-        let options = CompactOptions { realign: self.realign, force: self.force, dry_run: self.dry_run };
+        let options =
+            CompactOptions { realign: self.realign, free_space: self.free_space, force: self.force, dry_run: self.dry_run };
         let chain = self.open.options(false, self.force);
         let mut places = None;
         let mut unneeded = |disk: &Disk| {

@@ -1,5 +1,8 @@
 //! `vhd ctl`
 
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
@@ -12,12 +15,13 @@ use crate::sizes;
 
 /// Arguments of `vhd ctl`.
 #[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = false, subcommand_precedence_over_arg = true)]
+#[command(args_conflicts_with_subcommands = false, subcommand_precedence_over_arg = true, arg_required_else_help = true)]
+#[command(override_usage = "vhd ctl [OPTIONS] [SOCKET] <COMMAND>")]
 pub struct CtlArgs {
     /// The service's control socket; not needed where only one runs
     socket: Option<PathBuf>,
     #[command(subcommand)]
-    command: CtlCommand,
+    command: Option<CtlCommand>,
 }
 
 /// What a service is asked for.
@@ -61,18 +65,47 @@ enum CtlCommand {
     },
     /// Counters, as Prometheus reads them
     Metrics,
+    /// What is none of these.
+    #[command(external_subcommand)]
+    Other(Vec<OsString>),
 }
 
 impl CtlArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
-        let socket = match &self.socket {
-            Some(socket) => socket.clone(),
-            None => only_socket()?,
+        if let Some(socket) = &self.socket {
+            self.look_at(socket)?;
+        }
+        let Some(command) = &self.command else {
+            return Err(Error::new(ErrorKind::InvalidInput, format!("the command is missing; {}", commands())));
         };
-        let answer = control::call(&socket, &self.command.request()?)?;
-        context.print(&self.command.text(&answer), &answer)?;
+        let request = command.request()?;
+        let socket = self.socket.clone().map_or_else(only_socket, Ok)?;
+        let answer = control::call(&socket, &request)?;
+        context.print(&command.text(&answer), &answer)?;
         Ok(Answer::Yes)
     }
+
+    /// Refuses what can't be a socket: a command that is not known stands in its place.
+    fn look_at(&self, socket: &Path) -> Result<(), Error> {
+        let (kind, message) = match std::fs::metadata(socket) {
+            Ok(found) if !found.file_type().is_socket() => (ErrorKind::InvalidInput, "is no socket".to_owned()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match &self.command {
+                None | Some(CtlCommand::Other(_)) => {
+                    (ErrorKind::InvalidInput, format!("is neither a command nor a socket; {}", commands()))
+                }
+                Some(_) => (ErrorKind::NotFound, "no such socket; leave it out where only one service runs".to_owned()),
+            },
+            _ => return Ok(()),
+        };
+        Err(Error::new(kind, message).at(socket))
+    }
+}
+
+/// The commands that there are, for who gave none of them.
+fn commands() -> String {
+    let command = CtlCommand::augment_subcommands(clap::Command::new("ctl"));
+    let names: Vec<_> = command.get_subcommands().map(clap::Command::get_name).collect();
+    format!("commands are {}", names.join(", "))
 }
 
 fn only_socket() -> Result<PathBuf, Error> {
@@ -109,6 +142,10 @@ impl CtlCommand {
                 Request::new("refresh").with("name", name.as_str()).with("size", size.map_or(Value::Null, Value::from))
             }
             Self::Metrics => Request::new("metrics"),
+            Self::Other(words) => {
+                let word = words.first().map(|word| word.to_string_lossy()).unwrap_or_default();
+                return Err(Error::new(ErrorKind::InvalidInput, format!("{word} is no command; {}", commands())));
+            }
         })
     }
 

@@ -80,6 +80,18 @@ fn sizes_and_offsets_near_the_largest_number_are_refused() {
 }
 
 #[test]
+fn what_is_no_size_is_said_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create disk.vhd --size 4M");
+    for word in ["frob", "much", "M"] {
+        let said = refused(dir, &format!("resize disk.vhd {word}"));
+        assert!(said.contains("expected a whole number") && !said.contains("suffix"), "{said}");
+    }
+    assert!(refused(dir, "resize disk.vhd 4xb").contains("unknown suffix \"xb\""));
+}
+
+#[test]
 fn names_that_are_not_utf_8_are_told_in_json_too() {
     use std::os::unix::ffi::OsStrExt;
     let folder = tempfile::tempdir().unwrap();
@@ -157,6 +169,22 @@ fn a_truncated_image_gives_no_half_made_output() {
     assert_eq!(fs::read(dir.join("old.vhd")).unwrap(), b"this was here");
     assert_eq!(fs::read(dir.join("cut.vhd")).unwrap(), bytes, "the input is as it was");
     assert_eq!(json(dir, "check cut.vhd", 1)["ok"], false);
+}
+
+#[test]
+fn a_file_that_can_not_be_made_is_named_as_the_user_named_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create source.vhd --size 4M");
+    fs::write(dir.join("file"), b"no folder").unwrap();
+    for (line, name) in [
+        ("convert source.vhd file/out.vhd", "file/out.vhd"),
+        ("convert source.vhd missing/out.raw", "missing/out.raw"),
+        ("create file/out.vhd --size 4M", "file/out.vhd"),
+    ] {
+        let said = refused(dir, line);
+        assert!(said.starts_with(&format!("vhd: {name}: can't be created: ")), "{said}");
+    }
 }
 
 #[test]

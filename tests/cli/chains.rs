@@ -80,6 +80,32 @@ fn a_parent_beside_its_child_is_not_written() {
 }
 
 #[test]
+fn compacting_a_parent_is_refused_for_what_it_does_to_its_children() {
+    let folder = chain();
+    let dir = folder.path();
+    let before = fs::read(dir.join("base.vhd")).unwrap();
+    let said = refused(dir, "compact base.vhd");
+    assert!(said.contains("leaf.vhd: children read the same") && said.contains("last changed"), "{said}");
+    assert!(!said.contains("destroy") && said.contains("--force"), "{said}");
+    let said = refused(dir, "compact base.vhd --free-space");
+    assert!(said.contains("leaf.vhd, which may need what --free-space drops"), "{said}");
+    assert!(fs::read(dir.join("base.vhd")).unwrap() == before);
+    done(dir, "convert leaf.vhd before.raw");
+    done(dir, "compact base.vhd --force");
+    done(dir, "compare leaf.vhd before.raw");
+}
+
+#[test]
+fn an_image_is_not_merged_into_itself() {
+    let folder = chain();
+    let dir = folder.path();
+    assert!(refused(dir, "merge base.vhd").contains("base.vhd: has no parent to merge into"));
+    for line in ["merge leaf.vhd --into leaf.vhd", "merge base.vhd --into base.vhd"] {
+        assert!(refused(dir, line).contains("can't be merged into itself"));
+    }
+}
+
+#[test]
 fn protect_parent_makes_it_read_only() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();

@@ -326,3 +326,27 @@ fn json_is_one_document() {
     let incomplete = json(dir, "info", 2);
     assert!(incomplete["error"]["message"].as_str().unwrap().contains("IMAGE"), "says what is missing: {incomplete}");
 }
+
+#[test]
+fn ctl_says_what_commands_there_are_where_it_is_told_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    fs::write(dir.join("text"), "none").unwrap();
+    let commands = "commands are list, add, remove, snapshot, refresh, metrics";
+    for line in ["ctl frob", "ctl remov disk", "ctl lst --verbose"] {
+        let word = line.split(' ').nth(1).unwrap();
+        let said = refused(dir, line);
+        assert!(said.starts_with(&format!("vhd: {word}: is neither a command nor a socket; {commands}")), "{said}");
+    }
+    assert!(json(dir, "ctl frob", 2)["error"]["message"].as_str().unwrap().contains(commands));
+    assert!(json(dir, "ctl", 2)["error"]["message"].as_str().unwrap().contains(commands));
+    assert!(refused(dir, "ctl ./frob list").contains("frob: no such socket; leave it out"));
+    for line in ["ctl text list", "ctl . list", "ctl text"] {
+        assert!(refused(dir, line).contains("is no socket"));
+    }
+    // One that a dead process left there.
+    drop(std::os::unix::net::UnixListener::bind(dir.join("old.ctl")).unwrap());
+    assert!(refused(dir, "ctl old.ctl list").contains("process is gone"));
+    assert!(refused(dir, "ctl old.ctl frob").contains(&format!("frob is no command; {commands}")));
+    assert!(refused(dir, "ctl old.ctl").contains(commands));
+}

@@ -137,3 +137,55 @@ fn dry_runs_of_reparent_and_undo_tell_what_would_be_and_do_nothing() {
     assert_eq!(json(dir, "undo discard disk.vhd --dry-run", 0)[0]["changed"], 5120);
     assert!(fs::read(dir.join("disk.vud")).unwrap() == before);
 }
+
+#[test]
+fn dry_runs_refuse_what_the_command_would() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create base.vhd --size 16M");
+    expect(vhd_fed(dir, "write base.vhd --offset 0", &noise(1, 8 << 20)), 0, "write");
+    done(dir, "create child.vhd --parent base.vhd");
+    expect(vhd_fed(dir, "write child.vhd --offset 0", &noise(2, 1 << 20)), 0, "write");
+    let refuse_both = |lines: &[&str], why: &str| {
+        let before: Vec<_> = ["base.vhd", "child.vhd"].map(|name| fs::read(dir.join(name)).unwrap()).into();
+        for line in lines {
+            let said = refused(dir, &format!("{line} --dry-run"));
+            assert!(said.contains(why), "{line}: {said}");
+            assert_eq!(said, refused(dir, line), "{line}: the dry run and the command refuse for one reason");
+        }
+        let after: Vec<_> = ["base.vhd", "child.vhd"].map(|name| fs::read(dir.join(name)).unwrap()).into();
+        assert!(before == after);
+    };
+    refuse_both(&["compact base.vhd", "resize base.vhd 32M"], "is the parent of child.vhd");
+    // Cut within a block: the footer copy, the header and the BAT are whole.
+    let cut = |name: &str, len: u64| fs::OpenOptions::new().write(true).open(dir.join(name)).unwrap().set_len(len).unwrap();
+    fs::copy(dir.join("base.vhd"), dir.join("same.vhd")).unwrap();
+    fs::copy(dir.join("child.vhd"), dir.join("whole.vhd")).unwrap();
+    cut("child.vhd", 2 << 20);
+    refuse_both(&["reparent child.vhd same.vhd"], "child.vhd: block at sector");
+    fs::rename(dir.join("whole.vhd"), dir.join("child.vhd")).unwrap();
+    cut("base.vhd", 5 << 20);
+    let lines =
+        ["merge child.vhd", "compact base.vhd --force", "resize base.vhd 32M --force", "resize base.vhd 12M --shrink --force"];
+    refuse_both(&lines, "base.vhd: block at sector");
+    refuse_both(&["convert base.vhd --in-place --to fixed"], "cut short");
+}
+
+#[test]
+fn a_merge_begins_only_where_all_that_it_changes_can_be_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create base.vhd --size 8M");
+    done(dir, "create child.vhd --parent base.vhd");
+    expect(vhd_fed(dir, "write child.vhd --offset 0", b"data"), 0, "write");
+    done(dir, "create grandchild.vhd --parent child.vhd");
+    expect(vhd_fed(dir, "write grandchild.vhd --offset 0", &noise(2, 1 << 20)), 0, "write");
+    // The child's child, which gets another parent, is cut short.
+    let file = fs::OpenOptions::new().write(true).open(dir.join("grandchild.vhd")).unwrap();
+    file.set_len(file.metadata().unwrap().len() - (1 << 20)).unwrap();
+    let before = fs::read(dir.join("base.vhd")).unwrap();
+    for line in ["merge child.vhd --delete --dry-run", "merge child.vhd --delete"] {
+        assert!(refused(dir, line).contains("grandchild.vhd: block at sector"));
+    }
+    assert!(fs::read(dir.join("base.vhd")).unwrap() == before, "a merge was begun that can't be finished");
+}

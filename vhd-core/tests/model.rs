@@ -257,7 +257,7 @@ impl Subject {
         self.disk().close().unwrap();
         self.disk = None;
         let compact = |dry_run| {
-            let how = CompactOptions { realign, dry_run, force: false };
+            let how = CompactOptions { realign, dry_run, ..CompactOptions::default() };
             compact(self.leaf(), &how, &mut |_| Ok(Vec::new()), &ChainOptions::default(), &Progress::default()).unwrap()
         };
         let planned = compact(true);

@@ -21,7 +21,7 @@ use vhd_core::storage::{FileStorage, LockMode};
 use vhd_core::{Error, ErrorKind, LiveDisk, Progress};
 use vhd_testkit::fixture::{BlockFill, FixtureSpec, Kind, Layout};
 
-use self::support::{files_of, new_child, new_image, open, options};
+use self::support::{files_of, new_child, new_image, open, options, read_all};
 
 const SIZE: u64 = 64 << 10;
 
@@ -146,6 +146,34 @@ fn a_parent_changes_by_force_alone_where_its_children_would_notice() {
         assert!(error.kind() == ErrorKind::Refused && error.to_string().contains("child.vhd"), "{name}: {error}");
         assert!(files_of(folder.path()) == before, "{name} changed something");
     }
+}
+
+#[test]
+fn a_parent_is_compacted_by_force_alone_and_without_its_free_space_for_nothing() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let (path, child) = (folder.path().join("disk.vhd"), folder.path().join("child.vhd"));
+    new_image(&path, NewKind::Dynamic, SIZE, 4096);
+    open(&path, true).write_at(&[7; 8192], 0).unwrap();
+    new_child(&child, &path);
+    // A file of the child's, of the same content as one that was deleted in the parent: the parent's copy is enough.
+    open(&child, true).write_at(&[7; 4096], 0).unwrap();
+    COMPACT(&child, false).unwrap();
+    let compact = |free_space, force| {
+        let how = CompactOptions { free_space, force, ..CompactOptions::default() };
+        let free: Vec<_> = std::iter::once(0..4096).filter(|_| free_space).collect();
+        compact(&path, &how, &mut |_| Ok(free.clone()), &options(false), &Progress::default())
+    };
+    let before = files_of(folder.path());
+    for (free_space, said) in [(false, "read the same"), (true, "may need what --free-space drops")] {
+        let error = compact(free_space, false).unwrap_err();
+        assert!(error.kind() == ErrorKind::Refused && error.to_string().contains(said), "{error}");
+    }
+    assert!(files_of(folder.path()) == before);
+    let content = read_all(&open(&child, false));
+    compact(false, true).unwrap();
+    assert!(read_all(&open(&child, false)) == content, "children read the same");
+    compact(true, true).unwrap();
+    assert!(read_all(&open(&child, false)) != content, "what it said it might do, it does not");
 }
 
 #[test]

@@ -33,12 +33,21 @@ pub struct ChainOptions {
     pub direct: bool,
     /// True for the operation that an intent record beside the image belongs to: it goes on where others are refused.
     pub resuming: bool,
+    /// What is opened for reading is refused where opening it for writing would be: for a dry run. The lock is a reader's.
+    pub rehearsal: bool,
 }
 
 impl Default for ChainOptions {
     fn default() -> Self {
         let (image, parents) = Default::default();
-        Self { image, parents, host: Arc::new(LocalHost), direct: false, resuming: false }
+        Self { image, parents, host: Arc::new(LocalHost), direct: false, resuming: false, rehearsal: false }
+    }
+}
+
+impl ChainOptions {
+    /// True when the leaf is written to, or it is seen whether it could be.
+    fn writes(&self) -> bool {
+        self.image.writable || self.rehearsal
     }
 }
 
@@ -68,7 +77,7 @@ impl Chain {
         before: &mut dyn FnMut(&Arc<dyn Storage>) -> Result<()>,
     ) -> Result<(Self, Arc<FileStorage>)> {
         let (storage, image) = open_leaf(path, options)?;
-        if options.image.writable {
+        if options.writes() {
             refuse_linked(&image, "is only read")?;
         }
         if !options.resuming {
@@ -100,6 +109,8 @@ impl Chain {
             let storage = options.host.adopt(Arc::clone(&storage));
             before(&storage).map_err(|error| error.at(path))?;
             layers[0] = Layer::Image(Image::open(storage, path, &options.image)?);
+        } else if options.rehearsal {
+            Image::rehearse(&*storage, path, &options.image)?;
         }
         let leaf = layers.remove(0);
         Ok((Self::over(leaf, layers), storage))
@@ -110,7 +121,8 @@ impl Chain {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_image(path: &Path, options: &ChainOptions) -> Result<Arc<Image>> {
-        let options = ChainOptions { image: OpenOptions { writable: false, ..options.image.clone() }, ..options.clone() };
+        let image = OpenOptions { writable: false, ..options.image.clone() };
+        let options = ChainOptions { image, rehearsal: false, ..options.clone() };
         Ok(open_leaf(path, &options)?.1)
     }
 
@@ -167,7 +179,7 @@ fn open_leaf(path: &Path, options: &ChainOptions) -> Result<(Arc<FileStorage>, A
     let image = Image::open(Arc::clone(&storage) as _, path, &look);
     let image = image.map_err(|error| if options.resuming { error } else { intent::explain(path, error) })?;
     let uuid = image.footer().uuid();
-    if writable
+    if options.writes()
         && !options.image.force
         && uuid != [0; 16]
         && let Some(child) = find_child(path, &storage, uuid)

@@ -76,6 +76,19 @@ impl Image {
         }
         Ok(image)
     }
+
+    /// Refuses what [`Self::open`] for writing would, and changes nothing.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn rehearse(storage: &dyn Storage, path: &Path, options: &OpenOptions) -> Result<()> {
+        let options = OpenOptions { writable: true, ..options.clone() };
+        let rehearsed = examine(storage, &options).and_then(|(found, sparse)| {
+            refuse_writing(&found, sparse.as_ref(), &options)?;
+            sparse.map_or(Ok(()), |sparse| scan_blocks(storage, &sparse, &found).map(drop))
+        });
+        rehearsed.map_err(|error| error.at(path))
+    }
 }
 
 /// What was found about a file before an [`Image`] is made of it.
@@ -88,29 +101,11 @@ pub(super) struct Found {
 }
 
 fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result<Image> {
-    if options.writable && options.tolerant {
-        fail!(InvalidInput, "tolerant opening is for reading only");
-    }
-    let mut found = find(&*storage, options)?;
-    let sparse = match found.footer.disk_type() {
-        DiskType::Fixed => None,
-        _ => Some(open_sparse(&*storage, &mut found, options)?),
-    };
-    if sparse.is_none() {
-        check_fixed(&mut found, options)?;
-    }
+    let (found, sparse) = examine(&*storage, options)?;
     let mut file_len = found.footers.file_len;
     let mut meta = Meta::default();
     if options.writable {
-        if found.footer.saved_state() && !options.force && !options.owns_saved_state {
-            fail!(
-                Refused,
-                "a virtual machine's saved state relies on it, so it is not opened for writing; discard that state, or use --force"
-            );
-        }
-        if let Some(sparse) = &sparse {
-            check_metadata(sparse, &found)?;
-        }
+        refuse_writing(&found, sparse.as_ref(), options)?;
         // What a killed process wrote is in the page cache only: what we read and build upon must not change
         // if the power fails.
         storage.sync().map_err(|error| Error::io(error, "can't be synced"))?;
@@ -142,6 +137,33 @@ fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result
         background: OnceLock::new(),
         file_len: AtomicU64::new(file_len),
     })
+}
+
+/// Reads what says what the image is.
+fn examine(storage: &dyn Storage, options: &OpenOptions) -> Result<(Found, Option<Sparse>)> {
+    if options.writable && options.tolerant {
+        fail!(InvalidInput, "tolerant opening is for reading only");
+    }
+    let mut found = find(storage, options)?;
+    let sparse = match found.footer.disk_type() {
+        DiskType::Fixed => None,
+        _ => Some(open_sparse(storage, &mut found, options)?),
+    };
+    if sparse.is_none() {
+        check_fixed(&mut found, options)?;
+    }
+    Ok((found, sparse))
+}
+
+/// Refuses what is not opened for writing, as far as its headers tell.
+fn refuse_writing(found: &Found, sparse: Option<&Sparse>, options: &OpenOptions) -> Result<()> {
+    if found.footer.saved_state() && !options.force && !options.owns_saved_state {
+        fail!(
+            Refused,
+            "a virtual machine's saved state relies on it, so it is not opened for writing; discard that state, or use --force"
+        );
+    }
+    sparse.map_or(Ok(()), |sparse| check_metadata(sparse, found))
 }
 
 /// Reads the footers and settles which counts and how large the disk is.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::copy::is_zero;
 use crate::block::Disk;
-use crate::chain::{Chain, ChainOptions, Layer};
+use crate::chain::{Chain, ChainOptions, Layer, find_children, uuid_of_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, SECTOR};
 use crate::image::{Below, Blocks, Image, OpenOptions};
@@ -26,6 +26,8 @@ const FIRST_LOOK: usize = 64 << 10;
 pub struct CompactOptions {
     /// Moves all blocks to where their data begins on a 4 KiB boundary.
     pub realign: bool,
+    /// What the file systems inside call free is dropped: it is what `unneeded` finds.
+    pub free_space: bool,
     /// Goes on although a saved state relies on the image or it has children.
     pub force: bool,
     /// Only says what would be done.
@@ -57,8 +59,8 @@ pub type Unneeded = [Range<u64>];
 /// Compacts the image at `path`. `unneeded` finds ranges of the disk whose content may be lost; they are dropped too.
 ///
 /// # Errors
-/// `Unsupported` for a fixed disk, with how to convert it; `Cancelled`, when everything up to there is done; those of
-/// [`Chain::open`].
+/// `Unsupported` for a fixed disk, with how to convert it; `Refused` for one with children; `Cancelled`, when everything up
+/// to there is done; those of [`Chain::open`].
 pub fn compact(
     path: &Path,
     options: &CompactOptions,
@@ -66,8 +68,11 @@ pub fn compact(
     chain: &ChainOptions,
     progress: &Progress,
 ) -> Result<Compacted> {
+    if !options.force {
+        refuse_parent(path, options)?;
+    }
     let image = OpenOptions { writable: !options.dry_run, force: options.force, background_flush: None, ..chain.image.clone() };
-    let chain = Chain::open(path, &ChainOptions { image, ..chain.clone() })?;
+    let chain = Chain::open(path, &ChainOptions { image, rehearsal: options.dry_run, ..chain.clone() })?;
     let Some(image) = chain.layers()[0].image().cloned() else {
         return Err(Error::new(ErrorKind::InvalidInput, "is no VHD").at(path));
     };
@@ -77,6 +82,27 @@ pub fn compact(
     }
     let ranges = unneeded(&Disk::new(Chain::over(Layer::Image(Arc::clone(&image)), chain.layers()[1..].to_vec())))?;
     run(&image, &chain, options, &ranges, progress).map_err(|error| error.at(path))
+}
+
+/// Refuses an image that has children. They read the same when it is smaller, but its file has another time of modification,
+/// which a child may have recorded and other programs compare. What is free in its own file systems may be in use in
+/// those of a child, whose sectors of the same content were dropped because the parent has them.
+fn refuse_parent(path: &Path, options: &CompactOptions) -> Result<()> {
+    let uuid = uuid_of_file(path)?.filter(|uuid| *uuid != [0; 16]);
+    let Some(child) = uuid.and_then(|uuid| find_children(path, uuid).into_iter().next()) else { return Ok(()) };
+    let child = child.display();
+    let message = if options.free_space {
+        format!(
+            "is the parent of {child}, which may need what --free-space drops; use --force without --free-space, or with it if \
+             that image may be lost"
+        )
+    } else {
+        format!(
+            "is the parent of {child}: children read the same afterwards, but one may have noted when its parent was last \
+             changed, and programs that go by that refuse it then; use --force to compact it all the same"
+        )
+    };
+    Err(Error::new(ErrorKind::Refused, message).at(path))
 }
 
 fn run(image: &Image, chain: &Chain, options: &CompactOptions, unneeded: &Unneeded, progress: &Progress) -> Result<Compacted> {

@@ -101,7 +101,9 @@ pub fn reparent(child: &Path, parent: &Path, force: bool, dry_run: bool, chain: 
     let link = link_to(child, parent, uuid)?;
     let uuids = [header.parent_uuid(), uuid];
     drop(image);
-    if !dry_run {
+    if dry_run {
+        Image::rehearse(&*file, child, &chain.image)?;
+    } else {
         Image::set_parent(&chain.host.adopt(file), child, &link, &chain.image).map_err(|error| error.at(child))?;
     }
     let mut notes = Vec::new();

@@ -67,7 +67,7 @@ pub fn resize(path: &Path, size: u64, options: &ResizeOptions, chain: &ChainOpti
     }
     let to = size.next_multiple_of(SECTOR);
     let image = OpenOptions { writable: !options.dry_run, force: options.force, background_flush: None, ..chain.image.clone() };
-    let chain = ChainOptions { image, ..chain.clone() };
+    let chain = ChainOptions { image, rehearsal: options.dry_run, ..chain.clone() };
     let mut resized = Resized { to, ..Resized::default() };
     if to != size {
         resized.notes.push(format!("size rounded up to a whole sector: {to} bytes"));

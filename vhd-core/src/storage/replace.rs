@@ -99,7 +99,8 @@ fn passing_name(path: &Path) -> PathBuf {
 /// Removes what a process left that was killed. One that lives holds a lock.
 fn remove_abandoned(host: &dyn Host, passing: &Path, path: &Path) -> Result<()> {
     match FileStorage::open(passing, true) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        // Where the folder itself is in the way, making the file tells so.
+        Err(_) if std::fs::symlink_metadata(passing).is_err() => Ok(()),
         Err(error) => Err(error),
         Ok(left) => {
             left.lock(LockMode::Write)

@@ -13,6 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
 use crate::image::{Image, OpenOptions};
 use crate::intent::{self, FooterMove, Member, Merge};
+use crate::storage::FileStorage;
 
 /// What a merge will do.
 #[derive(Clone, Debug)]
@@ -87,7 +88,17 @@ pub fn plan(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result
         grow,
     };
     let amount = amount(&upper)?;
+    refuse_unwritable(target, &member, chain)?;
     Ok(MergePlan { member, data: amount.data, zeros: amount.zeros, grow_to, lost, resumed: None })
+}
+
+/// Refuses a merge that could not write all that it has to: it would be begun, and could not be finished.
+fn refuse_unwritable(target: &Layer, member: &Member, chain: &ChainOptions) -> Result<()> {
+    let target = target.image().map(|image| image.path());
+    let leaf = (!member.delete).then_some(member.leaf.as_path());
+    let relinked = leaf.into_iter().chain(member.children.iter().map(PathBuf::as_path));
+    let options = OpenOptions { force: true, ..chain.image.clone() };
+    target.into_iter().chain(relinked).try_for_each(|path| Image::rehearse(&FileStorage::open(path, false)?, path, &options))
 }
 
 /// How a fixed target becomes `size` bytes large.
@@ -159,10 +170,12 @@ fn depth_of_target(chain: &Chain, into: Option<&Path>) -> Result<usize> {
         None => 1,
         Some(into) => crate::ops::diff::depth_of(chain, into)?,
     };
-    match chain.layers().get(depth) {
-        Some(_) if depth > 0 => Ok(depth),
-        _ => Err(Error::new(ErrorKind::InvalidInput, "has no parent to merge into").at(leaf)),
-    }
+    let message = match chain.layers().get(depth) {
+        Some(_) if depth > 0 => return Ok(depth),
+        Some(_) => "can't be merged into itself; --into takes its parent, or one of that one's",
+        None => "has no parent to merge into",
+    };
+    Err(Error::new(ErrorKind::InvalidInput, message).at(leaf))
 }
 
 /// Children of the target and of the images between that are not part of the merge.
