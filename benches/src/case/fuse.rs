@@ -102,7 +102,7 @@ fn servers(memory: &Path, [raw, copy]: [&Path; 2], [image, for_qemu]: [&Path; 2]
         found.push(served);
     }
     // The reference once more: what it differs by says nothing of who serves.
-    let mut floor = least("the same on a copy of the raw file", copy, folder("floor of the copy"))?;
+    let mut floor = least("the same on a copy of the raw file", copy, folder("floor-of-copy"))?;
     floor.is_floor = true;
     found.push(floor);
     Ok(found)
