@@ -93,7 +93,7 @@ fn operations_on_a_full_table_stay_in_64_mib() {
         "map full.vhd",
         "diff full.vhd child.vhd",
         "merge child.vhd --dry-run",
-        "compact full.vhd --dry-run",
+        "compact full.vhd --dry-run --force",
         "compact child.vhd --dry-run",
         "convert full.vhd copy.vhd",
     ] {
