@@ -1,11 +1,12 @@
 //! Where the requests of a connection are served: in a task, or in a thread that waits for nothing else.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 
 use tokio::io::AsyncRead;
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::socket::Socket;
 use super::{Connection, EndOnPanic};
@@ -87,22 +88,32 @@ impl<R: AsyncRead + Unpin + Send + 'static> Connection<R> {
         ended
     }
 
+    /// The thread is none of those that wait for disks: they may all hang, and this client's disk need not.
     async fn run_in_thread(mut self, permit: OwnedSemaphorePermit) -> io::Result<(Self, io::Result<Pause>)> {
         let (guard, client, runtime) = (EndOnPanic(Arc::clone(&self.work)), Arc::clone(&self.client), Handle::current());
+        let (give, given) = mpsc::channel::<Self>();
+        let (done, back) = oneshot::channel();
         let run = move || {
             let (_guard, _permit) = (guard, permit);
-            self.place.set_thread(true);
+            let Ok(mut connection) = given.recv() else { return };
+            connection.place.set_thread(true);
             // Who waits for this thread may have given up on it, and on the client.
             let paused = runtime.block_on(async {
                 tokio::select! {
-                    paused = self.run() => paused,
+                    paused = connection.run() => paused,
                     () = client.given_up() => Ok(Pause::End),
                 }
             });
-            self.place.set_thread(false);
-            (self, paused)
+            connection.place.set_thread(false);
+            drop(done.send((connection, paused)));
         };
-        tokio::task::spawn_blocking(run).await.map_err(io::Error::other)
+        if let Err(error) = thread::Builder::new().name("vhd-nbd-client".into()).spawn(run) {
+            tracing::debug!("a client gets no thread: {error}");
+            self.place.score = 0;
+            return Ok((self, Ok(Pause::Task)));
+        }
+        drop(give.send(self));
+        back.await.map_err(io::Error::other)
     }
 }
 
