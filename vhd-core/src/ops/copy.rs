@@ -8,7 +8,7 @@ use super::share::{BATCH, CHUNK, MAX_PIECES, share};
 use crate::block::{Disk, ZeroMode};
 use crate::error::{Error, Result, fail};
 use crate::progress::Progress;
-use crate::storage::{AlignedBuffer, Storage};
+use crate::storage::{AlignedBuffer, PAGE, Storage};
 
 /// Runs of zeros shorter than this are copied like data: skipping them costs more than it saves.
 const ZERO_GRAIN: usize = 4096;
@@ -57,10 +57,7 @@ pub(super) fn copy_range(
     progress: &Progress,
 ) -> Result<()> {
     let mover = Mover { source, target, target_is_zero, writing: Mutex::new(()), progress };
-    share(
-        |send| find(source, range, send),
-        |buffer, batch| batch.into_iter().try_for_each(|piece| mover.move_piece(piece, buffer)),
-    )
+    share(|send| find(source, range, send), |buffer, batch| mover.move_batch(batch, buffer))
 }
 
 /// A piece of the disk, and whether it reads as zeros.
@@ -98,25 +95,44 @@ struct Mover<'a> {
 }
 
 impl Mover<'_> {
-    fn move_piece(&self, (range, is_zero): Piece, buffer: &mut AlignedBuffer) -> Result<()> {
-        if is_zero {
-            if !self.target_is_zero {
-                self.target.zero(range.clone(), ZeroMode::Free)?;
+    fn move_batch(&self, batch: Vec<Piece>, buffer: &mut AlignedBuffer) -> Result<()> {
+        // What was read, and where in the buffer it is: short pieces are read together and written together, so that movers
+        // change places as rarely as with long ones.
+        let mut held = Vec::new();
+        let mut used = 0;
+        for (range, is_zero) in batch {
+            if is_zero {
+                if !self.target_is_zero {
+                    self.target.zero(range.clone(), ZeroMode::Free)?;
+                }
+                self.progress.advance(range.end - range.start)?;
+                continue;
             }
-            return self.progress.advance(range.end - range.start);
+            let mut at = range.start;
+            while at < range.end {
+                // Up to a multiple of the chunk: so both sides stay aligned.
+                let len = (CHUNK - at as usize % CHUNK).min((range.end - at) as usize);
+                if used + len > CHUNK {
+                    self.write(&mut held, buffer)?;
+                    used = 0;
+                }
+                self.source.read_at(&mut buffer[used..used + len], at)?;
+                held.push((used..used + len, at));
+                used = (used + len).next_multiple_of(PAGE);
+                at += len as u64;
+            }
         }
-        let mut at = range.start;
-        while at < range.end {
-            // Up to a multiple of the chunk: so both sides stay aligned.
-            let len = (CHUNK - at as usize % CHUNK).min((range.end - at) as usize);
-            self.source.read_at(&mut buffer[..len], at)?;
-            let one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-            write_chunk(self.target, &buffer[..len], at, self.target_is_zero)?;
-            drop(one);
-            at += len as u64;
-            self.progress.advance(len as u64)?;
+        self.write(&mut held, buffer)
+    }
+
+    /// Writes what is held, and holds it no longer.
+    fn write(&self, held: &mut Vec<(Range<usize>, u64)>, buffer: &AlignedBuffer) -> Result<()> {
+        let one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        for (place, at) in &*held {
+            write_chunk(self.target, &buffer[place.clone()], *at, self.target_is_zero)?;
         }
-        Ok(())
+        drop(one);
+        held.drain(..).try_for_each(|(place, _)| self.progress.advance(place.len() as u64))
     }
 }
 

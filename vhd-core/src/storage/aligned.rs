@@ -2,7 +2,8 @@
 
 use std::ops::{Deref, DerefMut};
 
-const PAGE: usize = 4096;
+/// Bytes of a page.
+pub(crate) const PAGE: usize = 4096;
 
 /// A buffer that begins on a page: the kernel copies into it several times faster than into one that differs from
 /// its source by a few bytes modulo 4096, which is what a large `Vec` gives.

@@ -15,6 +15,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
 
 pub use aligned::AlignedBuffer;
+pub(crate) use aligned::PAGE;
 pub use buffers::{ReadBuffers, WriteBuffers};
 pub use file::FileStorage;
 pub use host::{Host, LocalHost, folder_of, put_file, resolve};
