@@ -2,7 +2,8 @@
 //!
 //! To count exactly, the whole map must be walked, and a 2 TiB chain has a million blocks in each layer. So the range
 //! is cut into windows that are counted in turn: one look spends at most [`BUDGET`], and all looks together at most a
-//! fiftieth of the time. A window that was never counted is taken to be full, which is what makes a tool careful.
+//! fiftieth of the time. A window that was never counted is taken to be full, which is what makes a tool careful. Once all
+//! are counted they stay so until something changes.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -38,6 +39,10 @@ struct Counts {
     next: usize,
     /// Nothing is counted before this.
     rest_until: Option<Instant>,
+    /// What told of changes when the last look began.
+    changes: u64,
+    /// Windows that were counted one after the other since anything changed.
+    current: usize,
 }
 
 impl Allocation {
@@ -45,17 +50,22 @@ impl Allocation {
     pub(crate) fn new(len: u64) -> Self {
         let window = WINDOW_MIN.max(len.div_ceil(WINDOWS_MAX));
         let windows: Vec<u64> = (0..len.div_ceil(window)).map(|index| window.min(len - index * window)).collect();
-        Self { window, counts: Mutex::new(Counts { windows, total: len, next: 0, rest_until: None }) }
+        Self { window, counts: Mutex::new(Counts { windows, total: len, next: 0, rest_until: None, changes: 0, current: 0 }) }
     }
 
-    /// Bytes of data in `range`, the range that this was made for.
-    pub(crate) fn bytes(&self, disk: &Disk, range: &Range<u64>) -> u64 {
+    /// Bytes of data in `range`, the range that this was made for. `changes` is another number whenever the disk was written
+    /// since the last call.
+    pub(crate) fn bytes(&self, disk: &Disk, range: &Range<u64>, changes: u64) -> u64 {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let started = Instant::now();
         if counts.rest_until.is_some_and(|until| started < until) {
             return counts.total;
         }
-        for _ in 0..counts.windows.len() {
+        if counts.changes != changes {
+            counts.changes = changes;
+            counts.current = 0;
+        }
+        for _ in counts.current..counts.windows.len() {
             let index = counts.next;
             counts.next = (index + 1) % counts.windows.len();
             let start = range.start + index as u64 * self.window;
@@ -63,6 +73,9 @@ impl Allocation {
             if let Ok(found) = data_in(disk, start..range.end.min(start + self.window)) {
                 counts.total = counts.total - counts.windows[index] + found;
                 counts.windows[index] = found;
+                counts.current += 1;
+            } else {
+                counts.current = 0;
             }
             if started.elapsed() > BUDGET {
                 break;

@@ -3,13 +3,13 @@
 use std::io::Write;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use fuser::INodeNo;
 use vhd_core::partition::PartitionTable;
 use vhd_core::{Disk, Error, Result};
 
 use crate::DISK_FILE;
+use crate::changes::Changes;
 use crate::document::{Document, Produce};
 use crate::tree::{Content, Tree};
 use crate::view::View;
@@ -63,9 +63,9 @@ impl Contents {
 
     /// As a tree: of the disk alone, or a folder of everything.
     pub(crate) fn into_tree(self, is_folder: bool, read_only: bool) -> Tree {
-        let writes = Arc::<AtomicU64>::default();
+        let changes = Arc::<Changes>::default();
         let all = 0..self.disk.size();
-        let view = |disk: &Disk, range, read_only| Content::File(View::new(disk, range, read_only, &writes));
+        let view = |disk: &Disk, range, read_only| Content::File(View::new(disk, range, read_only, &changes));
         let whole = view(&self.disk, all, read_only);
         if !is_folder {
             return Tree::new(whole);

@@ -10,6 +10,7 @@
 
 mod allocation;
 mod buffer;
+mod changes;
 mod contents;
 mod device;
 mod document;

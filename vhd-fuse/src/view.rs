@@ -13,6 +13,7 @@ use vhd_core::block::{ExtentState, ZeroMode};
 use vhd_core::{Disk, Error, ErrorKind};
 
 use crate::allocation::Allocation;
+use crate::changes::{Changes, OwnChanges};
 
 /// Part of a disk, or all of it. Offsets below are from its start.
 pub(crate) struct View {
@@ -20,26 +21,23 @@ pub(crate) struct View {
     range: Range<u64>,
     read_only: bool,
     allocation: Allocation,
-    /// Changes of all views of the mount. The kernel caches each by itself, so what it has of one is out of date once
-    /// another was written.
-    all_changes: Arc<AtomicU64>,
-    own_changes: AtomicU64,
-    /// The others' changes when this was opened last.
+    changes: OwnChanges,
+    /// The others' changes when this was opened last. The kernel caches each view by itself, so what it has of one is out of
+    /// date once another was written.
     seen_changes: AtomicU64,
     /// Nanoseconds since 1970 at the last change. Without a writeback cache it is the server who keeps this.
     modified: AtomicU64,
 }
 
 impl View {
-    /// A range of a disk; read-only when it is asked for or the disk is. All views of a mount share `all_changes`.
-    pub(crate) fn new(disk: &Disk, range: Range<u64>, read_only: bool, all_changes: &Arc<AtomicU64>) -> Self {
+    /// A range of a disk; read-only when it is asked for or the disk is. All views of a mount share `changes`.
+    pub(crate) fn new(disk: &Disk, range: Range<u64>, read_only: bool, changes: &Arc<Changes>) -> Self {
         let modified = disk.layer_path(0).and_then(|path| path.metadata().ok()?.modified().ok()).unwrap_or_else(SystemTime::now);
         Self {
             allocation: Allocation::new(range.end - range.start),
             read_only: read_only || disk.capabilities().read_only,
             modified: AtomicU64::new(nanoseconds(modified)),
-            all_changes: Arc::clone(all_changes),
-            own_changes: AtomicU64::new(0),
+            changes: OwnChanges::new(changes),
             seen_changes: AtomicU64::new(0),
             range,
             disk: disk.clone(),
@@ -48,7 +46,7 @@ impl View {
 
     /// Told of an open: true when what the kernel has of it since the last is still so.
     pub(crate) fn cache_is_current(&self) -> bool {
-        let others = self.all_changes.load(Ordering::SeqCst).wrapping_sub(self.own_changes.load(Ordering::SeqCst));
+        let others = self.changes.look_at_others();
         self.seen_changes.swap(others, Ordering::SeqCst) == others
     }
 
@@ -64,7 +62,7 @@ impl View {
 
     /// Bytes that take up space, roughly.
     pub(crate) fn allocated(&self) -> u64 {
-        self.allocation.bytes(&self.disk, &self.range)
+        self.allocation.bytes(&self.disk, &self.range, self.changes.look())
     }
 
     /// When it was changed last.
@@ -169,13 +167,15 @@ impl View {
 
     /// Notes a change, after it was made.
     fn touch(&self) {
-        // In this order, for a reader in between must see more changes of others, not fewer.
-        self.all_changes.fetch_add(1, Ordering::SeqCst);
-        self.own_changes.fetch_add(1, Ordering::SeqCst);
+        self.changes.note();
         // As the kernel's own file systems do it: the time of the last tick, which costs nothing to look at.
         let now = clock_gettime(ClockId::RealtimeCoarse);
         let nanoseconds = now.tv_sec.saturating_mul(1_000_000_000).saturating_add(now.tv_nsec);
-        self.modified.store(u64::try_from(nanoseconds).unwrap_or(0), Ordering::Relaxed);
+        let nanoseconds = u64::try_from(nanoseconds).unwrap_or(0);
+        // Many requests come within a tick: only one of them touches what others touch.
+        if self.modified.load(Ordering::Relaxed) != nanoseconds {
+            self.modified.store(nanoseconds, Ordering::Relaxed);
+        }
     }
 }
 

@@ -108,8 +108,20 @@ impl Layer {
         self.storage().read_vectored_at(bufs, offset).map_err(|error| self.read_error(error, offset))
     }
 
-    fn read_if_cached(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<bool> {
-        self.storage().read_if_cached(bufs, offset).map_err(|error| self.read_error(error, offset))
+    /// As [`Self::read`], but where `wait` is not set only what the host has at hand.
+    fn find(&self, bufs: &mut [IoSliceMut<'_>], offset: u64, wait: bool) -> Result<Found> {
+        if wait {
+            return self.read(bufs, offset).map(|()| Found::Data);
+        }
+        let is_there = self.storage().read_if_cached(bufs, offset).map_err(|error| self.read_error(error, offset))?;
+        Ok(if is_there { Found::Data } else { Found::NotNow })
+    }
+
+    fn known_place(&self, range: &Range<u64>) -> Result<Option<u64>> {
+        match self {
+            Self::Image(image) => image.known_place(range),
+            Self::Raw(raw) => Ok((range.end <= raw.len()).then_some(range.start)),
+        }
     }
 
     fn read_error(&self, error: io::Error, offset: u64) -> Error {
@@ -186,10 +198,16 @@ impl Chain {
     }
 
     fn find(&self, depth: usize, bufs: &mut [IoSliceMut<'_>], offset: u64, wait: bool) -> Result<Found> {
-        let mut bufs = ReadBuffers::new(bufs);
-        let range = self.range_of(depth, offset, bufs.len())?;
+        let range = self.range_of(depth, offset, bufs.iter().map(|buf| buf.len() as u64).sum())?;
         let _held = self.leaf().image().map(|image| image.hold());
-        self.from(depth).read(&mut bufs, range, wait)
+        // Layers above others are seldom full, and of those that nobody writes more is remembered.
+        if let ([buf], Some(base)) = (&mut *bufs, self.layers.get(depth).filter(|_| depth + 1 == self.layers.len()))
+            && !range.is_empty()
+            && let Some(place) = base.known_place(&range)?
+        {
+            return base.find(&mut [IoSliceMut::new(buf)], place, wait);
+        }
+        self.from(depth).read(&mut ReadBuffers::new(bufs), range, wait)
     }
 
     /// True when writes are known to wait for no other machine.
@@ -278,7 +296,7 @@ impl Parents<'_> {
             kind => visit(run.range, self.depth, kind),
         })?;
         // Past the end of a parent that is smaller than its child there is nothing, whatever lies deeper.
-        Parents { depth: self.layers.len(), ..*self }.resolve(beyond, visit)
+        if beyond.is_empty() { Ok(()) } else { visit(beyond, self.layers.len() - 1, RunKind::Absent) }
     }
 
     fn read(&self, bufs: &mut ReadBuffers<'_>, range: Range<u64>, wait: bool) -> Result<Found> {
@@ -286,16 +304,9 @@ impl Parents<'_> {
         self.resolve(range, &mut |run, depth, kind| {
             let len = run.end - run.start;
             match kind {
-                RunKind::Present(offset) if wait => {
-                    found = Found::Data;
-                    self.layers[depth].read(&mut bufs.take(len), offset)?;
-                }
                 // Whoever comes back for it begins from the start.
                 _ if found == Found::NotNow => {}
-                RunKind::Present(offset) => {
-                    let is_there = self.layers[depth].read_if_cached(&mut bufs.take(len), offset)?;
-                    found = if is_there { Found::Data } else { Found::NotNow };
-                }
+                RunKind::Present(offset) => found = self.layers[depth].find(&mut bufs.take(len), offset, wait)?,
                 RunKind::Zero | RunKind::Absent => bufs.fill_zero(len),
             }
             Ok(())

@@ -24,22 +24,20 @@ impl Image {
     /// # Errors
     /// `OutOfRange`, `ReadOnly`, `Latched`; `NoSpace`, after which writing may go on; `Io`, which latches the image.
     pub fn write(&self, bufs: &[IoSlice<'_>], offset: u64, below: &dyn Below) -> Result<()> {
-        let mut bufs = WriteBuffers::new(bufs);
-        let range = offset..offset.saturating_add(bufs.len());
+        let range = offset..offset.saturating_add(bufs.iter().map(|buf| buf.len() as u64).sum());
         self.check_write(&range)?;
         if range.is_empty() {
             return Ok(());
         }
-        let Some(sparse) = &self.sparse else {
-            let len = range.end - range.start;
-            self.write_file(&bufs.take(len), offset)?;
-            self.note_completed();
-            return Ok(());
-        };
-        let _held = sparse.grace.enter();
-        for part in sparse.layout.parts(range) {
-            let piece = bufs.take(part.len);
-            sparse.write_part(self, part, &piece, below)?;
+        let _held = self.hold();
+        if let Some(place) = self.known_place(&range)? {
+            self.write_file(bufs, place)?;
+        } else if let Some(sparse) = &self.sparse {
+            let mut bufs = WriteBuffers::new(bufs);
+            for part in sparse.layout.parts(range) {
+                let piece = bufs.take(part.len);
+                sparse.write_part(self, part, &piece, below)?;
+            }
         }
         self.note_completed();
         Ok(())

@@ -253,9 +253,20 @@ fn write_fully(
     mut offset: u64,
     mut write: impl FnMut(&[IoSlice<'_>], i64) -> nix::Result<usize>,
 ) -> io::Result<()> {
+    let len: usize = bufs.iter().map(|buf| buf.len()).sum();
+    if len == 0 {
+        return Ok(());
+    }
+    let at = to_off(offset)?;
+    let count = retry(|| write(&bufs[..bufs.len().min(MAX_PIECES)], at))?;
+    if count == len {
+        return Ok(());
+    }
+    // Seldom: what is left is cut out of a copy.
     let mut copy: smallvec::SmallVec<[IoSlice<'_>; 8]> = bufs.iter().map(|buf| IoSlice::new(buf)).collect();
     let mut bufs = &mut copy[..];
-    IoSlice::advance_slices(&mut bufs, 0);
+    IoSlice::advance_slices(&mut bufs, count);
+    offset += count as u64;
     while !bufs.is_empty() {
         let pieces = bufs.len().min(MAX_PIECES);
         let at = to_off(offset)?;
