@@ -19,7 +19,7 @@ use vhd_core::{Disk, Error, ErrorKind, Progress};
 
 use super::ChainArgs;
 use super::compare::{SourceFormat, open_source};
-use super::create::parse_block_size;
+use super::create::{parse_block_size, refuse_block_size};
 use crate::input::Input;
 use crate::output::{Answer, Context, ShownPath};
 use crate::sizes;
@@ -53,7 +53,7 @@ pub struct ConvertArgs {
     /// Round the size up to a multiple of this; 1M is what Azure wants
     #[arg(long, value_name = "SIZE", value_parser = sizes::parse)]
     align: Option<u64>,
-    /// Bytes of a block: 2M or 512K
+    /// Bytes of a block of a dynamic disk: 2M or 512K
     #[arg(long, value_name = "SIZE", value_parser = parse_block_size)]
     block_size: Option<u32>,
     /// Replace an existing file; a raw file or device is written in place
@@ -108,6 +108,7 @@ impl ConvertArgs {
         if is_stream(self.target()) && format != TargetFormat::Raw {
             return Err(Error::new(ErrorKind::InvalidInput, "only raw bytes can be written to stdout: leave --to out"));
         }
+        self.refuse_block_size(format)?;
         let source = if is_stream(&self.source) { None } else { Some(open_source(&self.source, self.from, &self.open)?) };
         if self.dry_run {
             return self.plan(context, format, source.as_ref());
@@ -160,6 +161,16 @@ impl ConvertArgs {
         Ok(Answer::Yes)
     }
 
+    fn refuse_block_size(&self, format: TargetFormat) -> Result<(), Error> {
+        let of = match format {
+            TargetFormat::Dynamic => return Ok(()),
+            TargetFormat::Fixed => "fixed disk",
+            TargetFormat::Raw => "raw file",
+        };
+        let file = if self.in_place { &self.source } else { self.target() };
+        refuse_block_size(self.block_size, of, "--to").map_err(|error| error.at(file))
+    }
+
     /// What is written; never asked for with --in-place.
     fn target(&self) -> &Path {
         self.target.as_deref().unwrap_or(Path::new("-"))
@@ -189,6 +200,7 @@ impl ConvertArgs {
                 ));
             }
         };
+        self.to.map_or(Ok(()), |to| self.refuse_block_size(to))?;
         let options = InPlaceOptions {
             from_raw: self.from.map(|from| from == SourceFormat::Raw),
             block_size: self.block_size.unwrap_or(DEFAULT_BLOCK_SIZE),

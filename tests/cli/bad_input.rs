@@ -92,6 +92,30 @@ fn what_is_no_size_is_said_so() {
 }
 
 #[test]
+fn a_size_of_blocks_for_what_has_none_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create disk.vhd --size 4M");
+    fs::write(dir.join("disk.raw"), noise(1, 1 << 20)).unwrap();
+    let before = names_in(dir);
+    for (line, says) in [
+        ("create new.vhd --type fixed --size 4M", "new.vhd: a fixed disk has no blocks"),
+        ("convert disk.vhd new.vhd --to fixed", "new.vhd: a fixed disk has no blocks"),
+        ("convert disk.vhd new.vhd --to fixed --dry-run", "new.vhd: a fixed disk has no blocks"),
+        ("convert disk.vhd --in-place --to fixed", "disk.vhd: a fixed disk has no blocks"),
+        ("convert disk.raw --in-place --to fixed", "disk.raw: a fixed disk has no blocks"),
+        ("convert disk.vhd new.raw", "new.raw: a raw file has no blocks"),
+        ("convert disk.vhd -", "a raw file has no blocks"),
+    ] {
+        let said = refused(dir, &format!("{line} --block-size 512K"));
+        assert!(said.contains(says) && said.contains("leave --block-size out"), "{line}: {said}");
+    }
+    assert_eq!(names_in(dir), before);
+    assert_eq!(json(dir, "info disk.vhd", 0)["type"], "dynamic");
+    done(dir, "convert disk.raw --in-place --to dynamic --block-size 512K");
+}
+
+#[test]
 fn names_that_are_not_utf_8_are_told_in_json_too() {
     use std::os::unix::ffi::OsStrExt;
     let folder = tempfile::tempdir().unwrap();
