@@ -40,6 +40,38 @@ fn what_is_no_image_is_one_line() {
 }
 
 #[test]
+fn an_undo_status_of_what_is_no_image_is_no_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create good.vhd --size 4M");
+    fs::write(dir.join("empty.vhd"), b"").unwrap();
+    fs::write(dir.join("noise.vhd"), noise(1, 10_000)).unwrap();
+    // Beside the undo disk of another image.
+    fs::write(dir.join("good.txt"), b"a letter").unwrap();
+    for started in [false, true] {
+        for file in ["empty.vhd", "noise.vhd", "good.txt"] {
+            for line in [format!("undo status {file}"), format!("undo status good.vhd {file}")] {
+                let said = refused(dir, &line);
+                assert!(said.starts_with(&format!("vhd: {file}: is no VHD")), "{line}: {said}");
+            }
+        }
+        if !started {
+            done(dir, "undo status good.vhd");
+            done(dir, "undo start good.vhd");
+        }
+    }
+    assert_eq!(json(dir, "undo status good.txt", 2)["error"]["kind"], "not-vhd");
+    // Whether another program writes to it is another matter.
+    let mut writer = crate::support::vhd_in(dir);
+    let mut writer =
+        writer.args(["write", "good.vhd", "--offset", "0", "--force"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+    writer.stdin.as_mut().unwrap().write_all(&[1; 200 << 10]).unwrap();
+    done(dir, "undo status good.vhd");
+    drop(writer.stdin.take());
+    assert!(writer.wait().unwrap().success());
+}
+
+#[test]
 fn names_are_shown_safely_and_may_be_odd() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();
