@@ -14,7 +14,7 @@ use vhd_core::format::{Creator, DEFAULT_BLOCK_SIZE, DiskType, Timestamp};
 use vhd_core::image::{CreateOptions, Image, NewKind, OpenOptions, create};
 use vhd_core::ops::copy::{copy, read_from, read_to_file, write_to};
 use vhd_core::ops::in_place::InPlaceOptions;
-use vhd_core::storage::{FileStorage, LocalHost, LockMode, Storage, replace_file};
+use vhd_core::storage::{FileStorage, LocalHost, LockMode, Storage, rehearse_replace, replace_file};
 use vhd_core::{Disk, Error, ErrorKind, Progress};
 
 use super::ChainArgs;
@@ -133,8 +133,8 @@ impl ConvertArgs {
         else {
             return Err(Error::new(ErrorKind::InvalidInput, "what comes from stdin is not known before: leave --dry-run out"));
         };
-        if self.target().exists() && !self.overwrite {
-            return Err(Error::new(ErrorKind::Exists, "exists already; --overwrite replaces it").at(self.target()));
+        if !is_stream(self.target()) {
+            rehearse_replace(self.target(), self.overwrite)?;
         }
         let mut data = 0;
         source.extents(0..source.size(), &mut |extent| {
@@ -180,6 +180,10 @@ impl ConvertArgs {
     fn over_image(&self, context: &Context) -> Result<Answer, Error> {
         let source = if is_stream(&self.source) { None } else { Some(open_source(&self.source, self.from, &self.open)?) };
         let target = Disk::open(self.target(), &self.open.options(true, false))?;
+        if let Some(source) = source.as_ref().filter(|source| source.size() > target.size()) {
+            let message = format!("has {} bytes, the source {}: vhd resize makes it larger", target.size(), source.size());
+            return Err(Error::new(ErrorKind::InvalidInput, message).at(self.target()));
+        }
         context.with_progress("convert", |progress| {
             self.fill(source.as_ref(), &target, target.size(), false, progress)?;
             target.close()

@@ -314,3 +314,42 @@ fn a_disk_in_use_is_locked() {
     assert!(writer.wait().unwrap().success());
     done(dir, "map a.vhd");
 }
+
+#[test]
+fn what_a_conversion_can_not_make_is_refused_before_it_begins_and_by_its_dry_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create source.vhd --size 4M");
+    done(dir, "create small.vhd --size 3M");
+    fs::create_dir(dir.join("folder.vhd")).unwrap();
+    nix::unistd::mkfifo(&dir.join("pipe.vhd"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for link in ["nowhere.vhd", "nowhere.raw"] {
+        std::os::unix::fs::symlink("missing", dir.join(link)).unwrap();
+    }
+    std::os::unix::fs::symlink("source.vhd", dir.join("same.vhd")).unwrap();
+    let before = names_in(dir);
+    for (line, says) in [
+        ("folder.vhd --overwrite", "folder.vhd: is a folder, expected a file"),
+        ("folder.vhd/ --overwrite", "folder.vhd/: is the name of a folder, expected a file"),
+        ("new.vhd/", "new.vhd/: is the name of a folder, expected a file"),
+        ("new/", "new/: is the name of a folder, expected a file"),
+        ("pipe.vhd --overwrite", "pipe.vhd: is neither a regular file nor a block device"),
+        ("missing/new.vhd", "missing/new.vhd: can't be created: No such file"),
+        ("small.vhd/new.vhd", "small.vhd/new.vhd: can't be created: Not a directory"),
+        ("nowhere.vhd", "nowhere.vhd: exists already"),
+        ("nowhere.raw", "nowhere.raw: exists already"),
+        ("same.vhd --overwrite", "same.vhd: is in use elsewhere"),
+    ] {
+        for line in [format!("convert source.vhd {line} --dry-run"), format!("convert source.vhd {line}")] {
+            let said = refused(dir, &line);
+            assert!(said.starts_with(&format!("vhd: {says}")), "{line}: {said}");
+        }
+    }
+    assert!(refused(dir, "create new.vhd/ --size 4M").contains("new.vhd/: is the name of a folder"));
+    let said = refused(dir, "convert source.vhd small.vhd --into");
+    assert!(said.starts_with("vhd: small.vhd: has 3145728 bytes, the source 4194304: vhd resize"), "{said}");
+    fs::write(dir.join("nothing"), b"").unwrap();
+    assert!(refused(dir, "create new.vhd --link nothing").starts_with("vhd: nothing: is empty"));
+    fs::remove_file(dir.join("nothing")).unwrap();
+    assert_eq!(names_in(dir), before);
+}
