@@ -218,7 +218,10 @@ fn held(
     let members = named_members(images, dir, chain, true)?;
     let mut held = Vec::new();
     for member in members.iter().filter(|member| member.undo.exists()) {
-        let file = FileStorage::open(&member.undo, matches!(mode, LockMode::Write))?;
+        let file = match mode {
+            LockMode::Read => FileStorage::rehearse(&member.undo)?,
+            LockMode::Write => FileStorage::open(&member.undo, true)?,
+        };
         file.lock(mode)?;
         let uuid = uuid_of_file(&member.undo)?.unwrap_or_default();
         if let Some(child) = find_children(&member.undo, uuid).first().filter(|_| !force) {

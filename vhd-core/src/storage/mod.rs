@@ -20,6 +20,7 @@ pub use file::FileStorage;
 pub use host::{Host, LocalHost, folder_of, put_file, resolve};
 pub use lock::LockMode;
 pub use memory::MemoryStorage;
+pub(crate) use replace::may_change_names_beside;
 pub use replace::{rehearse_replace, replace_file};
 
 /// Zeros for those who must write some.

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::{Access, AtFlags, CWD, accessat};
+use rustix::io::Errno;
 use uuid::Uuid;
 
 use super::MergeOptions;
@@ -13,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
 use crate::image::{Image, OpenOptions};
 use crate::intent::{self, FooterMove, Member, Merge};
-use crate::storage::FileStorage;
+use crate::storage::{FileStorage, may_change_names_beside};
 
 /// What a merge will do.
 #[derive(Clone, Debug)]
@@ -88,17 +90,34 @@ pub fn plan(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result
         grow,
     };
     let amount = amount(&upper)?;
-    refuse_unwritable(target, &member, chain)?;
+    refuse_unwritable(target, &member, options.force, chain)?;
     Ok(MergePlan { member, data: amount.data, zeros: amount.zeros, grow_to, lost, resumed: None })
 }
 
 /// Refuses a merge that could not write all that it has to: it would be begun, and could not be finished.
-fn refuse_unwritable(target: &Layer, member: &Member, chain: &ChainOptions) -> Result<()> {
-    let target = target.image().map(|image| image.path());
-    let leaf = (!member.delete).then_some(member.leaf.as_path());
-    let relinked = leaf.into_iter().chain(member.children.iter().map(PathBuf::as_path));
+fn refuse_unwritable(target: &Layer, member: &Member, force: bool, chain: &ChainOptions) -> Result<()> {
     let options = OpenOptions { force: true, ..chain.image.clone() };
-    target.into_iter().chain(relinked).try_for_each(|path| Image::rehearse(&FileStorage::open(path, false)?, path, &options))
+    // With force the target's protection is lifted.
+    let file = if force { FileStorage::open(target.path(), false)? } else { FileStorage::rehearse(target.path())? };
+    if target.image().is_some() {
+        Image::rehearse(&file, target.path(), &options)?;
+    }
+    let leaf = (!member.delete).then_some(member.leaf.as_path());
+    let mut relinked = leaf.into_iter().chain(member.children.iter().map(PathBuf::as_path));
+    relinked.try_for_each(|path| Image::rehearse(&FileStorage::rehearse(path)?, path, &options))?;
+    let removed = std::iter::once(&member.leaf).chain(&member.between).filter(|_| member.delete);
+    removed.into_iter().try_for_each(|path| refuse_unremovable(path))
+}
+
+/// Refuses an image that could not be removed at the end. One that was protected because it has children is immutable.
+fn refuse_unremovable(path: &Path) -> Result<()> {
+    let failed = |error| Error::io(error, "can't be removed from its folder, as it would be once it is merged").at(path);
+    may_change_names_beside(path).map_err(failed)?;
+    if accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS) == Err(Errno::PERM) {
+        let message = "is immutable, so it can't be removed once it is merged; `chattr -i` ends that";
+        return Err(Error::new(ErrorKind::ReadOnly, message).at(path));
+    }
+    Ok(())
 }
 
 /// How a fixed target becomes `size` bytes large.
