@@ -353,3 +353,33 @@ fn what_a_conversion_can_not_make_is_refused_before_it_begins_and_by_its_dry_run
     fs::remove_file(dir.join("nothing")).unwrap();
     assert_eq!(names_in(dir), before);
 }
+
+#[test]
+fn names_that_no_record_can_hold_are_refused_before_anything_is_changed() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let odd = std::ffi::OsStr::from_bytes(b"odd \xff.vhd");
+    let run = |words: &[&str], status: i32| {
+        let words = words.iter().map(|word| if *word == "ODD" { odd } else { word.as_ref() });
+        expect(crate::support::vhd_in(dir).args(words).output().unwrap(), status, "an odd name")
+    };
+    done(dir, "create base.vhd --size 4M");
+    run(&["create", "ODD", "--parent", "base.vhd"], 0);
+    let before = (fs::read(dir.join("base.vhd")).unwrap(), fs::read_dir(dir).unwrap().count());
+    let check = |lines: &[&[&str]]| {
+        for line in lines {
+            for line in [[*line, &["--dry-run"]].concat(), line.to_vec()] {
+                let said = crate::support::one_line(&run(&line, 2), "an odd name");
+                assert!(
+                    said.contains("odd \u{FFFD}.vhd: its name is not UTF-8") && said.contains("rename it"),
+                    "{line:?}: {said}"
+                );
+            }
+        }
+        assert!((fs::read(dir.join("base.vhd")).unwrap(), fs::read_dir(dir).unwrap().count()) == before, "{lines:?}");
+    };
+    check(&[&["merge", "ODD"], &["merge", "ODD", "--delete"], &["undo", "start", "ODD"]]);
+    run(&["create", "ODD", "--size", "4M", "--overwrite"], 0);
+    check(&[&["convert", "ODD", "--in-place", "--to", "fixed"]]);
+}

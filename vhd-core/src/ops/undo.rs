@@ -109,7 +109,9 @@ pub fn plan_start(images: &[PathBuf], dir: Option<&Path>, chain: &ChainOptions) 
         }
         members.push(UndoMember { image, undo });
     }
-    Ok(UndoSession { id: Uuid::new_v4(), members })
+    let session = UndoSession { id: Uuid::new_v4(), members };
+    session.members.iter().try_for_each(|member| session.to_bytes(folder_of(&member.undo)).map(drop))?;
+    Ok(session)
 }
 
 /// Says how it stands with each image.

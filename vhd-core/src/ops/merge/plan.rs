@@ -10,12 +10,12 @@ use uuid::Uuid;
 use super::MergeOptions;
 use super::copy::amount;
 use crate::block::BlockDevice;
-use crate::chain::{Chain, ChainOptions, Layer, find_children, refuse_linked};
+use crate::chain::{Chain, ChainOptions, Layer, find_children, refuse_linked, relative_to};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
 use crate::image::{Image, OpenOptions};
 use crate::intent::{self, FooterMove, Member, Merge};
-use crate::storage::{FileStorage, may_change_names_beside};
+use crate::storage::{FileStorage, folder_of, may_change_names_beside};
 
 /// What a merge will do.
 #[derive(Clone, Debug)]
@@ -90,8 +90,22 @@ pub fn plan(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result
         grow,
     };
     let amount = amount(&upper)?;
+    refuse_unrecordable(&member)?;
     refuse_unwritable(target, &member, options.force, chain)?;
     Ok(MergePlan { member, data: amount.data, zeros: amount.zeros, grow_to, lost, resumed: None })
+}
+
+/// Refuses names that the record of a merge can't hold, which is text.
+fn refuse_unrecordable(member: &Member) -> Result<()> {
+    let folder = folder_of(&member.target);
+    let mut named = [&member.target, &member.leaf].into_iter().chain(&member.between).chain(&member.children);
+    match named.find(|path| relative_to(path, folder).to_str().is_none()) {
+        Some(odd) => {
+            let message = "its name is not UTF-8, so the record of a merge can't hold it; rename it";
+            Err(Error::new(ErrorKind::InvalidInput, message).at(odd))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Refuses a merge that could not write all that it has to: it would be begun, and could not be finished.
