@@ -89,10 +89,26 @@ pub fn plan(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result
         delete: options.delete,
         grow,
     };
-    let amount = amount(&upper)?;
+    let amount = amount(&upper, target.size())?;
+    refuse_larger_children(&member, size, target.size(), chain)?;
     refuse_unrecordable(&member)?;
     refuse_unwritable(target, &member, options.force, chain)?;
     Ok(MergePlan { member, data: amount.data, zeros: amount.zeros, grow_to, lost, resumed: None })
+}
+
+/// Refuses a leaf of `size` bytes with a child that is larger, over a target that is: what lies there beyond the leaf's end
+/// would show in the child.
+fn refuse_larger_children(member: &Member, size: u64, target: u64, chain: &ChainOptions) -> Result<()> {
+    for child in member.children.iter().filter(|_| target > size) {
+        if Chain::open_image(child, chain)?.size() > size {
+            let (child, target) = (child.display(), member.target.display());
+            let message = format!(
+                "its child {child} is larger and would show what {target} holds beyond its end; merge {child} into that one"
+            );
+            return Err(Error::new(ErrorKind::Refused, message).at(&member.leaf));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses names that the record of a merge can't hold, which is text.
@@ -183,7 +199,7 @@ fn resumed(merge: Merge, chain: &ChainOptions) -> Result<MergePlan> {
     let mut plan = MergePlan { member, data: 0, zeros: 0, grow_to: None, lost: Vec::new(), resumed: None };
     if !merge.finishing {
         let upper = upper(&plan.member, &read_only(chain))?;
-        let amount = amount(&upper)?;
+        let amount = amount(&upper, upper.capabilities().size)?;
         (plan.data, plan.zeros) = (amount.data, amount.zeros);
     }
     plan.resumed = Some(merge);
