@@ -17,9 +17,9 @@ use vhd_core::ops::in_place::InPlaceOptions;
 use vhd_core::storage::{FileStorage, LocalHost, LockMode, Storage, rehearse_replace, replace_file};
 use vhd_core::{Disk, Error, ErrorKind, Progress};
 
-use super::ChainArgs;
 use super::compare::{SourceFormat, open_source};
 use super::create::{parse_block_size, refuse_block_size};
+use super::{ChainArgs, named_otherwise};
 use crate::input::Input;
 use crate::output::{Answer, Context, ShownPath};
 use crate::sizes;
@@ -250,7 +250,7 @@ impl ConvertArgs {
         };
         replace_file(&LocalHost, self.target(), self.overwrite, |storage| {
             let is_new = storage.can_grow();
-            for note in create(&**storage, &options)?.notes {
+            for note in create(&**storage, &options)?.notes.into_iter().chain(named_otherwise(self.target())) {
                 context.note(&format!("{}: {note}", self.target().display()));
             }
             let open = OpenOptions { writable: true, background_flush: None, ..OpenOptions::default() };

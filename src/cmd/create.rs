@@ -10,7 +10,7 @@ use vhd_core::format::{Creator, DEFAULT_BLOCK_SIZE, Timestamp};
 use vhd_core::image::{CreateOptions, NewKind, create_file};
 use vhd_core::{Error, ErrorKind};
 
-use super::{ChainArgs, too_large_for_ide};
+use super::{ChainArgs, named_otherwise, too_large_for_ide};
 use crate::output::{Answer, Context, ShownPath};
 use crate::sizes;
 
@@ -115,6 +115,7 @@ impl CreateArgs {
         }
         .map_err(|error| error.at(&self.image))?;
         created.notes.extend(too_large_for_ide(created.size));
+        created.notes.extend(named_otherwise(&self.image));
         for note in &created.notes {
             context.note(&format!("{}: {note}", self.image.display()));
         }

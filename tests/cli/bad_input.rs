@@ -148,6 +148,24 @@ fn a_size_of_blocks_for_what_has_none_is_refused() {
 }
 
 #[test]
+fn a_new_vhd_whose_name_does_not_say_so_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    fs::write(dir.join("disk.raw"), noise(1, 4 << 20)).unwrap();
+    for (line, told) in [
+        ("create disk.img --size 4M", true),
+        ("create disk.vhd --size 4M", false),
+        ("convert disk.raw copy.img --to fixed", true),
+        ("convert disk.raw copy.vhd", false),
+        ("convert disk.raw raw.img", false),
+    ] {
+        let output = expect(vhd(dir, line), 0, line);
+        assert_eq!(crate::support::text(&output.stderr).contains("--from vhd"), told, "{line}");
+    }
+    done(dir, "compare copy.img disk.raw --from-a vhd");
+}
+
+#[test]
 fn names_that_are_not_utf_8_are_told_in_json_too() {
     use std::os::unix::ffi::OsStrExt;
     let folder = tempfile::tempdir().unwrap();
