@@ -202,6 +202,50 @@ fn a_user_without_rights_is_told_so() {
     assert_eq!(names_in(dir), before);
 }
 
+#[test]
+fn dry_runs_refuse_what_this_user_may_not_write() {
+    let Some(nobody) = Nobody::new() else { return };
+    let dir = nobody.folder.path();
+    // Whose folder it is, is not the question.
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o777)).unwrap();
+    for line in ["create base.vhd --size 4M", "create child.vhd --parent base.vhd", "create other.vhd --size 4M"] {
+        done(dir, line);
+    }
+    expect(vhd_fed(dir, "write child.vhd --offset 0", b"data"), 0, "write");
+    done(dir, "create grandchild.vhd --parent child.vhd");
+    done(dir, "undo start other.vhd");
+    let own = |name: &str| chown(dir.join(name), Some(65534), None).unwrap();
+    own("base.vhd");
+    let refuse_both = |cases: &[(&str, &str)]| {
+        let before: Vec<_> = names_in(dir).into_iter().map(|name| fs::read(dir.join(name)).unwrap()).collect();
+        for (line, file) in cases {
+            let said = one_line(&expect(nobody.run(&format!("{line} --dry-run")), 2, line), line);
+            assert!(said.contains(&format!("{file}: can't be opened for writing: ")), "{line}: {said}");
+            assert_eq!(said, one_line(&expect(nobody.run(line), 2, line), line), "{line}: the dry run and the command differ");
+        }
+        let after: Vec<_> = names_in(dir).into_iter().map(|name| fs::read(dir.join(name)).unwrap()).collect();
+        assert!(before == after, "something was changed");
+    };
+    refuse_both(&[
+        ("compact grandchild.vhd", "grandchild.vhd"),
+        ("resize grandchild.vhd 8M", "grandchild.vhd"),
+        ("reparent grandchild.vhd child.vhd", "grandchild.vhd"),
+        ("merge grandchild.vhd", "child.vhd"),
+        ("undo commit other.vhd", "other.vhd"),
+        ("undo discard other.vhd", "other.vud"),
+        ("convert base.vhd other.vhd --overwrite", "other.vhd"),
+        // Begun, it could not be finished: these become children of the base, one after the data were moved.
+        ("merge child.vhd", "child.vhd"),
+        ("merge child.vhd --delete", "grandchild.vhd"),
+    ]);
+    own("child.vhd");
+    refuse_both(&[("merge child.vhd", "grandchild.vhd")]);
+    own("grandchild.vhd");
+    for line in ["compact grandchild.vhd --dry-run", "merge child.vhd --delete --dry-run", "merge child.vhd --delete"] {
+        expect(nobody.run(line), 0, line);
+    }
+}
+
 /// By its name a raw file is raw, and a guest who writes a footer to its end changes nothing about it.
 #[test]
 fn a_raw_file_stays_raw_whatever_a_guest_wrote_to_it() {

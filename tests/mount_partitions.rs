@@ -217,6 +217,29 @@ fn a_bad_table_is_told_in_a_file_and_what_is_good_of_it_is_shown() {
     assert!(said.contains("no file system"), "{said}");
 }
 
+#[test]
+fn where_there_is_no_file_system_the_image_is_named_with_what_was_looked_at_and_what_to_do() {
+    let Some(place) = Place::new(&["sfdisk"]) else { return };
+    let folder = place.path();
+    File::create(folder.join("raw")).unwrap().set_len(16 << 20).unwrap();
+    done(folder, "convert raw empty.vhd");
+    run("bash", &["-c", "echo start=2048,type=83 | sfdisk -q -X dos \"$0\"", folder.join("raw").to_str().unwrap()]);
+    done(folder, "convert raw parts.vhd");
+    for (image, file, place) in [
+        ("empty.vhd", "empty.vhd", "on the disk as a whole"),
+        ("parts.vhd", "parts.vhd", "in its partition p1"),
+        ("parts.vhd:p1", "parts.vhd", "in its partition p1"),
+    ] {
+        let said = refused(folder, &format!("mount --fs {image} disk"));
+        let expected =
+            format!("{file}: no file system is found {place} (blkid knows none); without --fs, vhd mount shows its bytes\n");
+        assert!(said.ends_with(&expected), "{said}");
+        assert!(!said.contains("/fs-"), "a folder is named that the user does not know: {said}");
+        let error = json(folder, &format!("mount --fs {image} disk"), 2);
+        assert!(error["error"]["file"].as_str().unwrap().ends_with(file), "{error}");
+    }
+}
+
 /// Damages the GPT in a file that sgdisk made: `kind`, then checksums made right again, so that the lie is believed.
 const LIE: &str = r#"
 import struct, sys, zlib

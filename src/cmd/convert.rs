@@ -14,12 +14,12 @@ use vhd_core::format::{Creator, DEFAULT_BLOCK_SIZE, DiskType, Timestamp};
 use vhd_core::image::{CreateOptions, Image, NewKind, OpenOptions, create};
 use vhd_core::ops::copy::{copy, read_from, read_to_file, write_to};
 use vhd_core::ops::in_place::InPlaceOptions;
-use vhd_core::storage::{FileStorage, LocalHost, LockMode, Storage, replace_file};
+use vhd_core::storage::{FileStorage, LocalHost, LockMode, Storage, rehearse_replace, replace_file};
 use vhd_core::{Disk, Error, ErrorKind, Progress};
 
-use super::ChainArgs;
 use super::compare::{SourceFormat, open_source};
-use super::create::parse_block_size;
+use super::create::{parse_block_size, refuse_block_size};
+use super::{ChainArgs, named_otherwise};
 use crate::input::Input;
 use crate::output::{Answer, Context, ShownPath};
 use crate::sizes;
@@ -53,7 +53,7 @@ pub struct ConvertArgs {
     /// Round the size up to a multiple of this; 1M is what Azure wants
     #[arg(long, value_name = "SIZE", value_parser = sizes::parse)]
     align: Option<u64>,
-    /// Bytes of a block: 2M or 512K
+    /// Bytes of a block of a dynamic disk: 2M or 512K
     #[arg(long, value_name = "SIZE", value_parser = parse_block_size)]
     block_size: Option<u32>,
     /// Replace an existing file; a raw file or device is written in place
@@ -108,6 +108,7 @@ impl ConvertArgs {
         if is_stream(self.target()) && format != TargetFormat::Raw {
             return Err(Error::new(ErrorKind::InvalidInput, "only raw bytes can be written to stdout: leave --to out"));
         }
+        self.refuse_block_size(format)?;
         let source = if is_stream(&self.source) { None } else { Some(open_source(&self.source, self.from, &self.open)?) };
         if self.dry_run {
             return self.plan(context, format, source.as_ref());
@@ -132,8 +133,8 @@ impl ConvertArgs {
         else {
             return Err(Error::new(ErrorKind::InvalidInput, "what comes from stdin is not known before: leave --dry-run out"));
         };
-        if self.target().exists() && !self.overwrite {
-            return Err(Error::new(ErrorKind::Exists, "exists already; --overwrite replaces it").at(self.target()));
+        if !is_stream(self.target()) {
+            rehearse_replace(self.target(), self.overwrite)?;
         }
         let mut data = 0;
         source.extents(0..source.size(), &mut |extent| {
@@ -160,6 +161,16 @@ impl ConvertArgs {
         Ok(Answer::Yes)
     }
 
+    fn refuse_block_size(&self, format: TargetFormat) -> Result<(), Error> {
+        let of = match format {
+            TargetFormat::Dynamic => return Ok(()),
+            TargetFormat::Fixed => "fixed disk",
+            TargetFormat::Raw => "raw file",
+        };
+        let file = if self.in_place { &self.source } else { self.target() };
+        refuse_block_size(self.block_size, of, "--to").map_err(|error| error.at(file))
+    }
+
     /// What is written; never asked for with --in-place.
     fn target(&self) -> &Path {
         self.target.as_deref().unwrap_or(Path::new("-"))
@@ -169,6 +180,10 @@ impl ConvertArgs {
     fn over_image(&self, context: &Context) -> Result<Answer, Error> {
         let source = if is_stream(&self.source) { None } else { Some(open_source(&self.source, self.from, &self.open)?) };
         let target = Disk::open(self.target(), &self.open.options(true, false))?;
+        if let Some(source) = source.as_ref().filter(|source| source.size() > target.size()) {
+            let message = format!("has {} bytes, the source {}: vhd resize makes it larger", target.size(), source.size());
+            return Err(Error::new(ErrorKind::InvalidInput, message).at(self.target()));
+        }
         context.with_progress("convert", |progress| {
             self.fill(source.as_ref(), &target, target.size(), false, progress)?;
             target.close()
@@ -189,6 +204,7 @@ impl ConvertArgs {
                 ));
             }
         };
+        self.to.map_or(Ok(()), |to| self.refuse_block_size(to))?;
         let options = InPlaceOptions {
             from_raw: self.from.map(|from| from == SourceFormat::Raw),
             block_size: self.block_size.unwrap_or(DEFAULT_BLOCK_SIZE),
@@ -234,7 +250,7 @@ impl ConvertArgs {
         };
         replace_file(&LocalHost, self.target(), self.overwrite, |storage| {
             let is_new = storage.can_grow();
-            for note in create(&**storage, &options)?.notes {
+            for note in create(&**storage, &options)?.notes.into_iter().chain(named_otherwise(self.target())) {
                 context.note(&format!("{}: {note}", self.target().display()));
             }
             let open = OpenOptions { writable: true, background_flush: None, ..OpenOptions::default() };

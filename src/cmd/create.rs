@@ -10,7 +10,7 @@ use vhd_core::format::{Creator, DEFAULT_BLOCK_SIZE, Timestamp};
 use vhd_core::image::{CreateOptions, NewKind, create_file};
 use vhd_core::{Error, ErrorKind};
 
-use super::{ChainArgs, too_large_for_ide};
+use super::{ChainArgs, named_otherwise, too_large_for_ide};
 use crate::output::{Answer, Context, ShownPath};
 use crate::sizes;
 
@@ -34,7 +34,7 @@ pub struct CreateArgs {
     /// Make the parent read-only, and immutable where that is allowed
     #[arg(long, requires = "parent")]
     protect_parent: bool,
-    /// Bytes of a block: 2M or 512K, what Windows knows
+    /// Bytes of a block: 2M or 512K, what Windows knows; not of a fixed disk, which has none
     #[arg(long, value_name = "SIZE", value_parser = parse_block_size)]
     block_size: Option<u32>,
     /// How much space of a fixed disk the host gives now
@@ -115,6 +115,7 @@ impl CreateArgs {
         }
         .map_err(|error| error.at(&self.image))?;
         created.notes.extend(too_large_for_ide(created.size));
+        created.notes.extend(named_otherwise(&self.image));
         for note in &created.notes {
             context.note(&format!("{}: {note}", self.image.display()));
         }
@@ -139,6 +140,9 @@ impl CreateArgs {
 
     fn new_options(&self, uuid: Uuid) -> Result<CreateOptions, Error> {
         let preallocate = self.preallocate == Preallocate::Full;
+        if self.disk_type == DiskTypeArg::Fixed {
+            refuse_block_size(self.block_size, "fixed disk", "--type").map_err(|error| error.at(&self.image))?;
+        }
         let kind = match self.disk_type {
             DiskTypeArg::Fixed => NewKind::Fixed { preallocate },
             DiskTypeArg::Dynamic if preallocate => return Err(only_fixed().at(&self.image)),
@@ -153,6 +157,12 @@ impl CreateArgs {
             timestamp: Timestamp::now(),
         })
     }
+}
+
+/// Refuses a size of blocks for what has none: it would be ignored, and the user not told.
+pub(super) fn refuse_block_size(size: Option<u32>, of: &str, option: &str) -> Result<(), Error> {
+    let message = format!("a {of} has no blocks: leave --block-size out, or take {option} dynamic");
+    size.map_or(Ok(()), |_| Err(Error::new(ErrorKind::InvalidInput, message)))
 }
 
 fn only_fixed() -> Error {

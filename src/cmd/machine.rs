@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use vhd_core::chain::is_vhd_name;
 use vhd_core::ops::undo;
 use vhd_core::storage::folder_of;
 use vhd_core::{Error, ErrorKind};
@@ -194,7 +195,10 @@ impl Plan {
         let path = file_of(machine)?;
         let file = ConfigFile::open(&path).map_err(|error| match error.kind() {
             ErrorKind::NotFound => {
-                let message = "there is no such configuration; vhd vm create makes one, vhd vm list tells those that there are";
+                let message = match is_vhd_name(Path::new(machine)) {
+                    true => "there is no such configuration; an image is run with --disk",
+                    false => "there is no such configuration; vhd vm create makes one, vhd vm list tells those that there are",
+                };
                 Error::new(ErrorKind::NotFound, message).at(&path)
             }
             _ => error,

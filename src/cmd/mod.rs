@@ -27,11 +27,11 @@ mod unmount;
 mod vm;
 mod write;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
 use vhd_core::Error;
-use vhd_core::chain::{ChainOptions, ParentPolicy};
+use vhd_core::chain::{ChainOptions, ParentPolicy, is_vhd_name};
 use vhd_core::format::IDE_LIMIT;
 use vhd_core::image::{OpenOptions, SizePolicy};
 
@@ -122,6 +122,12 @@ impl Command {
 fn too_large_for_ide(size: u64) -> Option<String> {
     let note = "larger than 127 GiB: too large for an IDE controller of Virtual PC or Virtual Server";
     (size > IDE_LIMIT).then(|| note.to_owned())
+}
+
+/// What is to be said of a new VHD that has another name than one.
+fn named_otherwise(path: &Path) -> Option<String> {
+    let note = "its name does not say that it is a VHD: convert and compare take it for raw bytes without --from vhd";
+    (!is_vhd_name(path)).then(|| note.to_owned())
 }
 
 /// Options of every command that opens a chain.

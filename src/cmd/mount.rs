@@ -175,7 +175,12 @@ impl MountArgs {
                 Err(error) => mounted.end().and(Err(error)),
             }
         });
-        result.inspect_err(|_| drop(std::fs::remove_dir(&hidden)))
+        // Where the disk is mounted is no name that the user knows, and gone by now.
+        let named = result.map_err(|error| match error.path() {
+            Some(path) if path.starts_with(&hidden) => error.about(&wanted.image),
+            _ => error,
+        });
+        named.inspect_err(|_| drop(std::fs::remove_dir(&hidden)))
     }
 
     /// Runs this command again as a process of its own, and returns when it serves. (A fork would be less, but has no

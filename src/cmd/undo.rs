@@ -1,13 +1,16 @@
 //! `vhd undo`
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
-use vhd_core::Error;
 use vhd_core::chain::{ChainOptions, UndoMember};
+use vhd_core::image::{Image, OpenOptions};
 use vhd_core::ops::undo::{self, Status};
+use vhd_core::storage::FileStorage;
+use vhd_core::{Error, ErrorKind};
 
 use super::{ChainArgs, merge};
 use crate::output::{Answer, Context, ShownPath, from_here, goes_on};
@@ -82,6 +85,9 @@ impl UndoArgs {
 impl SessionArgs {
     fn status(&self, context: &Context) -> Result<Answer, Error> {
         let states = undo::status(&self.images, self.dir.as_deref(), &self.open.options(false, false))?;
+        // While a commit is under way the image may be none for a moment.
+        let settled = self.images.iter().zip(&states).filter(|(_, state)| !state.committing);
+        settled.map(|(image, _)| image).try_for_each(|image| refuse_other(image))?;
         let text: String = states.iter().map(text).collect();
         context.print(&text, &documents(&states))?;
         let pending = states.iter().any(|state| state.changed > 0 || state.committing || !state.missing.is_empty());
@@ -145,6 +151,16 @@ impl ChangeArgs {
         undo::discard(images, dir, *force, &chain)?;
         context.print("", &documents(&self.session.states(&chain)?))?;
         Ok(Answer::Yes)
+    }
+}
+
+/// Refuses what is no VHD: that it has no undo disk is no answer. A lock is not asked for, nor is a damaged image refused, for
+/// this is about what is beside it.
+fn refuse_other(image: &Path) -> Result<(), Error> {
+    let look = OpenOptions { tolerant: true, ..OpenOptions::default() };
+    match Image::open(Arc::new(FileStorage::open(image, false)?), image, &look) {
+        Err(error) if error.kind() == ErrorKind::NotVhd => Err(error),
+        _ => Ok(()),
     }
 }
 

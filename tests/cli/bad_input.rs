@@ -40,6 +40,38 @@ fn what_is_no_image_is_one_line() {
 }
 
 #[test]
+fn an_undo_status_of_what_is_no_image_is_no_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create good.vhd --size 4M");
+    fs::write(dir.join("empty.vhd"), b"").unwrap();
+    fs::write(dir.join("noise.vhd"), noise(1, 10_000)).unwrap();
+    // Beside the undo disk of another image.
+    fs::write(dir.join("good.txt"), b"a letter").unwrap();
+    for started in [false, true] {
+        for file in ["empty.vhd", "noise.vhd", "good.txt"] {
+            for line in [format!("undo status {file}"), format!("undo status good.vhd {file}")] {
+                let said = refused(dir, &line);
+                assert!(said.starts_with(&format!("vhd: {file}: is no VHD")), "{line}: {said}");
+            }
+        }
+        if !started {
+            done(dir, "undo status good.vhd");
+            done(dir, "undo start good.vhd");
+        }
+    }
+    assert_eq!(json(dir, "undo status good.txt", 2)["error"]["kind"], "not-vhd");
+    // Whether another program writes to it is another matter.
+    let mut writer = crate::support::vhd_in(dir);
+    let mut writer =
+        writer.args(["write", "good.vhd", "--offset", "0", "--force"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+    writer.stdin.as_mut().unwrap().write_all(&[1; 200 << 10]).unwrap();
+    done(dir, "undo status good.vhd");
+    drop(writer.stdin.take());
+    assert!(writer.wait().unwrap().success());
+}
+
+#[test]
 fn names_are_shown_safely_and_may_be_odd() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();
@@ -89,6 +121,48 @@ fn what_is_no_size_is_said_so() {
         assert!(said.contains("expected a whole number") && !said.contains("suffix"), "{said}");
     }
     assert!(refused(dir, "resize disk.vhd 4xb").contains("unknown suffix \"xb\""));
+}
+
+#[test]
+fn a_size_of_blocks_for_what_has_none_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create disk.vhd --size 4M");
+    fs::write(dir.join("disk.raw"), noise(1, 1 << 20)).unwrap();
+    let before = names_in(dir);
+    for (line, says) in [
+        ("create new.vhd --type fixed --size 4M", "new.vhd: a fixed disk has no blocks"),
+        ("convert disk.vhd new.vhd --to fixed", "new.vhd: a fixed disk has no blocks"),
+        ("convert disk.vhd new.vhd --to fixed --dry-run", "new.vhd: a fixed disk has no blocks"),
+        ("convert disk.vhd --in-place --to fixed", "disk.vhd: a fixed disk has no blocks"),
+        ("convert disk.raw --in-place --to fixed", "disk.raw: a fixed disk has no blocks"),
+        ("convert disk.vhd new.raw", "new.raw: a raw file has no blocks"),
+        ("convert disk.vhd -", "a raw file has no blocks"),
+    ] {
+        let said = refused(dir, &format!("{line} --block-size 512K"));
+        assert!(said.contains(says) && said.contains("leave --block-size out"), "{line}: {said}");
+    }
+    assert_eq!(names_in(dir), before);
+    assert_eq!(json(dir, "info disk.vhd", 0)["type"], "dynamic");
+    done(dir, "convert disk.raw --in-place --to dynamic --block-size 512K");
+}
+
+#[test]
+fn a_new_vhd_whose_name_does_not_say_so_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    fs::write(dir.join("disk.raw"), noise(1, 4 << 20)).unwrap();
+    for (line, told) in [
+        ("create disk.img --size 4M", true),
+        ("create disk.vhd --size 4M", false),
+        ("convert disk.raw copy.img --to fixed", true),
+        ("convert disk.raw copy.vhd", false),
+        ("convert disk.raw raw.img", false),
+    ] {
+        let output = expect(vhd(dir, line), 0, line);
+        assert_eq!(crate::support::text(&output.stderr).contains("--from vhd"), told, "{line}");
+    }
+    done(dir, "compare copy.img disk.raw --from-a vhd");
 }
 
 #[test]
@@ -257,4 +331,73 @@ fn a_disk_in_use_is_locked() {
     drop(writer.stdin.take());
     assert!(writer.wait().unwrap().success());
     done(dir, "map a.vhd");
+}
+
+#[test]
+fn what_a_conversion_can_not_make_is_refused_before_it_begins_and_by_its_dry_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    done(dir, "create source.vhd --size 4M");
+    done(dir, "create small.vhd --size 3M");
+    fs::create_dir(dir.join("folder.vhd")).unwrap();
+    nix::unistd::mkfifo(&dir.join("pipe.vhd"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for link in ["nowhere.vhd", "nowhere.raw"] {
+        std::os::unix::fs::symlink("missing", dir.join(link)).unwrap();
+    }
+    std::os::unix::fs::symlink("source.vhd", dir.join("same.vhd")).unwrap();
+    let before = names_in(dir);
+    for (line, says) in [
+        ("folder.vhd --overwrite", "folder.vhd: is a folder, expected a file"),
+        ("folder.vhd/ --overwrite", "folder.vhd/: is the name of a folder, expected a file"),
+        ("new.vhd/", "new.vhd/: is the name of a folder, expected a file"),
+        ("new/", "new/: is the name of a folder, expected a file"),
+        ("pipe.vhd --overwrite", "pipe.vhd: is neither a regular file nor a block device"),
+        ("missing/new.vhd", "missing/new.vhd: can't be created: No such file"),
+        ("small.vhd/new.vhd", "small.vhd/new.vhd: can't be created: Not a directory"),
+        ("nowhere.vhd", "nowhere.vhd: exists already"),
+        ("nowhere.raw", "nowhere.raw: exists already"),
+        ("same.vhd --overwrite", "same.vhd: is in use elsewhere"),
+    ] {
+        for line in [format!("convert source.vhd {line} --dry-run"), format!("convert source.vhd {line}")] {
+            let said = refused(dir, &line);
+            assert!(said.starts_with(&format!("vhd: {says}")), "{line}: {said}");
+        }
+    }
+    assert!(refused(dir, "create new.vhd/ --size 4M").contains("new.vhd/: is the name of a folder"));
+    let said = refused(dir, "convert source.vhd small.vhd --into");
+    assert!(said.starts_with("vhd: small.vhd: has 3145728 bytes, the source 4194304: vhd resize"), "{said}");
+    fs::write(dir.join("nothing"), b"").unwrap();
+    assert!(refused(dir, "create new.vhd --link nothing").starts_with("vhd: nothing: is empty"));
+    fs::remove_file(dir.join("nothing")).unwrap();
+    assert_eq!(names_in(dir), before);
+}
+
+#[test]
+fn names_that_no_record_can_hold_are_refused_before_anything_is_changed() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let odd = std::ffi::OsStr::from_bytes(b"odd \xff.vhd");
+    let run = |words: &[&str], status: i32| {
+        let words = words.iter().map(|word| if *word == "ODD" { odd } else { word.as_ref() });
+        expect(crate::support::vhd_in(dir).args(words).output().unwrap(), status, "an odd name")
+    };
+    done(dir, "create base.vhd --size 4M");
+    run(&["create", "ODD", "--parent", "base.vhd"], 0);
+    let before = (fs::read(dir.join("base.vhd")).unwrap(), fs::read_dir(dir).unwrap().count());
+    let check = |lines: &[&[&str]]| {
+        for line in lines {
+            for line in [[*line, &["--dry-run"]].concat(), line.to_vec()] {
+                let said = crate::support::one_line(&run(&line, 2), "an odd name");
+                assert!(
+                    said.contains("odd \u{FFFD}.vhd: its name is not UTF-8") && said.contains("rename it"),
+                    "{line:?}: {said}"
+                );
+            }
+        }
+        assert!((fs::read(dir.join("base.vhd")).unwrap(), fs::read_dir(dir).unwrap().count()) == before, "{lines:?}");
+    };
+    check(&[&["merge", "ODD"], &["merge", "ODD", "--delete"], &["undo", "start", "ODD"]]);
+    run(&["create", "ODD", "--size", "4M", "--overwrite"], 0);
+    check(&[&["convert", "ODD", "--in-place", "--to", "fixed"]]);
 }

@@ -468,10 +468,17 @@ fn what_can_not_be_run_is_said_in_one_line() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     std::fs::write(folder.join("kernel"), b"no kernel").unwrap();
+    nix::unistd::mkfifo(&folder.join("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
     done(folder, "create disk.vhd --size 16M");
     for (arguments, expected) in [
         (vec!["--kernel", "kernel"], "kernel: is neither an ELF file nor a bzImage"),
-        (vec!["--kernel", "missing"], "missing: No such file"),
+        (vec!["--kernel", "missing"], "missing: can't be read as the kernel: No such file"),
+        (vec!["--kernel", "missing"], "; give an ELF file or a bzImage, or no kernel to start the one"),
+        (vec!["--kernel", "."], ".: can't be read as the kernel: is a folder; give"),
+        // It would be waited for without end.
+        (vec!["--kernel", "pipe"], "pipe: can't be read as the kernel: is no regular file; give"),
+        (vec!["--kernel", "kernel", "--initrd", "missing"], "missing: can't be read as the initial RAM disk: No such file"),
+        (vec!["disk.vhd"], "an image is run with --disk"),
         (vec!["--disk", "disk.vhd"], "disk.vhd: has no kernel that its boot menu starts"),
         (vec!["missing.vmc"], "missing.vmc: there is no such configuration"),
         (vec!["--kernel", "kernel", "--serial", "tty"], "expected stdio, none or unix:PATH"),

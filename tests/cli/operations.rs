@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::support::{done, expect, json, noise, refused, text, vhd, vhd_fed};
+use crate::support::{done, expect, json, names_in, noise, one_line, refused, text, vhd, vhd_fed};
 
 #[test]
 fn compact_gives_back_what_is_zero_and_changes_nothing_that_is_read() {
@@ -188,4 +188,36 @@ fn a_merge_begins_only_where_all_that_it_changes_can_be_written() {
         assert!(refused(dir, line).contains("grandchild.vhd: block at sector"));
     }
     assert!(fs::read(dir.join("base.vhd")).unwrap() == before, "a merge was begun that can't be finished");
+}
+
+#[test]
+fn a_merge_begins_only_where_what_it_removes_can_be_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let chattr = |flag: &str, name: &str| {
+        let mut command = std::process::Command::new("chattr");
+        let output = command.arg(flag).arg(dir.join(name)).output();
+        output.is_ok_and(|output| output.status.success())
+    };
+    done(dir, "create base.vhd --size 8M");
+    done(dir, "create middle.vhd --parent base.vhd");
+    done(dir, "create leaf.vhd --parent middle.vhd --protect-parent");
+    expect(vhd_fed(dir, "write leaf.vhd --offset 0", b"data"), 0, "write");
+    // Before anything is asserted: an immutable file outlives its folder.
+    let is_immutable =
+        fs::OpenOptions::new().append(true).open(dir.join("middle.vhd")).is_err_and(|error| error.raw_os_error() == Some(1));
+    let lines = ["merge leaf.vhd --into base.vhd --delete --dry-run", "merge leaf.vhd --into base.vhd --delete"];
+    let outputs = lines.map(|line| vhd(dir, line));
+    let unprotected = chattr("-i", "middle.vhd");
+    if !is_immutable || !unprotected {
+        eprintln!("SKIPPED: no file can be made immutable here");
+        return;
+    }
+    for (line, output) in lines.into_iter().zip(outputs) {
+        let said = one_line(&expect(output, 2, line), line);
+        assert!(said.contains("middle.vhd: is immutable") && said.contains("chattr -i"), "{line}: {said}");
+    }
+    assert_eq!(names_in(dir), ["base.vhd", "leaf.vhd", "middle.vhd"], "a merge was begun that can't be finished");
+    done(dir, lines[1]);
+    assert_eq!(done(dir, "read base.vhd --offset 0 --length 4"), "data");
 }

@@ -17,6 +17,7 @@ use vhd_core::chain::{Chain, ChainOptions, ChildOptions, create_child};
 use vhd_core::image::NewKind;
 use vhd_core::ops::check::{CheckOptions, Code, Finding, Severity, check};
 use vhd_core::ops::merge::{MergeOptions, execute, plan};
+use vhd_core::ops::resize::{ResizeOptions, resize};
 use vhd_core::storage::FileStorage;
 use vhd_core::{Disk, Error, ErrorKind, Progress};
 use vhd_testkit::crash::{Effort, Random};
@@ -199,6 +200,49 @@ fn a_base_that_is_smaller_than_the_child_grows() {
             assert_reads(&it.path(name), &it.content);
             assert_clean(&it.path(name));
         }
+    }
+}
+
+/// Nothing lies behind the end of a parent that is smaller than its child, whatever its own parents hold there.
+#[test]
+fn what_a_smaller_image_between_hides_stays_hidden() {
+    for (leaf_sectors, target) in
+        [(SECTORS, "base.vhd"), (SECTORS - 30, "base.vhd"), (SECTORS + 50, "base.vhd"), (SECTORS, "mid.vhd")]
+    {
+        let it = Folder::with(NewKind::Dynamic, SECTORS);
+        std::fs::remove_file(it.path("grand.vhd")).unwrap();
+        std::fs::remove_file(it.path("leaf.vhd")).unwrap();
+        let cut = ResizeOptions { shrink: true, discard_data: true, ..ResizeOptions::default() };
+        resize(&it.path("mid.vhd"), (SECTORS - 60) * 512, &cut, &options(false), &Progress::default()).unwrap();
+        let size = Some(leaf_sectors * 512);
+        create_child(&it.path("leaf.vhd"), &it.path("mid.vhd"), &ChildOptions { size, ..child_options() }, &options(false))
+            .unwrap();
+        let disk = open(&it.path("leaf.vhd"), true);
+        disk.write_at(&Tag { image: 3, lba: 60, write: 99 }.sector(), 60 * 512).unwrap();
+        disk.close().unwrap();
+        drop(disk);
+        let content = read_all(&open(&it.path("leaf.vhd"), false));
+        assert!(content[61 * 512..].iter().all(|byte| *byte == 0));
+        let base = read_all(&open(&it.path("base.vhd"), false));
+        assert!(base[61 * 512..70 * 512].iter().any(|byte| *byte != 0));
+        let how = MergeOptions { delete: true, ..into(&it.path(target)) };
+        if target == "mid.vhd" {
+            // It would have to grow over what its own parent holds.
+            assert_eq!(merge(&it.path("leaf.vhd"), &how, &options(false)).unwrap_err().kind(), ErrorKind::Refused);
+            // Without it, its child would show that.
+            let error = merge(&it.path("mid.vhd"), &MergeOptions::default(), &options(false)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Refused);
+            assert!(error.to_string().contains("leaf.vhd is larger"), "{error}");
+            assert_reads(&it.path("leaf.vhd"), &content);
+            continue;
+        }
+        let planned = plan(&it.path("leaf.vhd"), &how, &options(false)).unwrap();
+        execute(&planned, &how, &options(false), &Progress::default()).unwrap();
+        let found = read_all(&open(&it.path("base.vhd"), false));
+        assert!(found[..content.len()] == content, "{leaf_sectors} sectors, {planned:?}");
+        // What no image above reached is as it was.
+        assert!(base.len() <= content.len() || found[content.len()..] == base[content.len()..]);
+        assert_clean(&it.path("base.vhd"));
     }
 }
 

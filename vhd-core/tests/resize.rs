@@ -104,6 +104,32 @@ fn images_of_all_creators_grow_and_shrink_back() {
     }
 }
 
+/// Its file may be shorter than the new table alone.
+#[test]
+fn an_image_with_few_blocks_or_none_grows_as_far_as_any() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, base) = (folder.path().join("disk.vhd"), folder.path().join("base.vhd"));
+    new_image(&base, NewKind::Dynamic, 20 * BLOCK, BLOCK as u32);
+    fill(&base, 1, 0..20);
+    for (over, held) in [false, true].into_iter().flat_map(|over| [0, 1, 3].map(|held| (over, held))) {
+        for blocks in [100, 600, 700, 1200, 1500, 5000, 60_000] {
+            let _ = std::fs::remove_file(&path);
+            match over {
+                true => new_child(&path, &base),
+                false => new_image(&path, NewKind::Dynamic, 20 * BLOCK, BLOCK as u32),
+            }
+            fill(&path, 2, (0..20).step_by(7).take(held));
+            let mut expected = read_all(&open(&path, false));
+            run(&path, blocks * BLOCK).unwrap();
+            assert_eq!(findings(&path), [], "{held} of {blocks} blocks");
+            expected.resize((blocks * BLOCK) as usize, 0);
+            assert!(read_all(&open(&path, false)) == expected, "{held} of {blocks} blocks");
+            run(&path, 20 * BLOCK).unwrap();
+            assert_eq!(findings(&path), [], "{held} of {blocks} blocks, and back");
+        }
+    }
+}
+
 #[test]
 fn what_a_block_holds_beyond_the_end_never_comes_to_light() {
     for over in [false, true] {
@@ -265,6 +291,11 @@ fn operations(visit: &mut dyn FnMut(&Operation<'_>, &Run<'_>)) {
         new_child(&folder.join("disk.vhd"), &folder.join("base.vhd"));
         fill(&folder.join("disk.vhd"), 2, (0..20).step_by(3));
     };
+    let without_blocks: Make = |folder| new_image(&folder.join("disk.vhd"), NewKind::Dynamic, 20 * BLOCK, BLOCK as u32);
+    let one_block: Make = |folder| {
+        new_image(&folder.join("disk.vhd"), NewKind::Dynamic, 20 * BLOCK, BLOCK as u32);
+        fill(&folder.join("disk.vhd"), 1, 7..8);
+    };
     // Its batmap and its locators are where the table grows.
     let tapdisk: Make = |folder| {
         new_image(&folder.join("base.vhd"), NewKind::Dynamic, 20 * BLOCK, BLOCK as u32);
@@ -280,6 +311,8 @@ fn operations(visit: &mut dyn FnMut(&Operation<'_>, &Run<'_>)) {
     for (name, make, size) in [
         ("dynamic, larger", dynamic, 1500 * BLOCK),
         ("dynamic, smaller", dynamic, 7 * BLOCK),
+        ("dynamic without blocks, larger", without_blocks, 1500 * BLOCK),
+        ("dynamic with one block, larger", one_block, 5000 * BLOCK),
         ("differencing, larger", child, 1500 * BLOCK),
         ("tapdisk, larger", tapdisk, 1500 * BLOCK),
         ("fixed, larger", fixed, 40 * BLOCK),

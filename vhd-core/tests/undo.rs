@@ -89,6 +89,26 @@ fn a_commit_keeps_all_changes_and_a_discard_none() {
 }
 
 #[test]
+fn a_session_over_an_image_of_any_name_keeps_what_the_image_holds() {
+    for keep in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("disk.img");
+        new_image(&image, NewKind::Dynamic, 10_240, 4096);
+        open(&image, true).write_at(&[1; 10_240], 0).unwrap();
+        let images = [image.clone()];
+        undo::start(&images, None, &options(false)).unwrap();
+        let undo = image.with_extension("vud");
+        assert_eq!(held(&undo), Ok(1));
+        open(&undo, true).write_at(&[2; 10_240], 0).unwrap();
+        match keep {
+            true => commit(&images, &options(false)).unwrap(),
+            false => drop(undo::discard(&images, None, false, &options(false)).unwrap()),
+        }
+        assert_eq!(held(&image), Ok(if keep { 2 } else { 1 }));
+    }
+}
+
+#[test]
 fn all_images_of_a_session_are_named_and_what_is_in_use_is_not_discarded() {
     let session = Session::new();
     let images = session.images();

@@ -3,10 +3,11 @@
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 use vhd_core::{Error, ErrorKind, Result};
 
+use crate::DISK_FILE;
 use crate::options::users_may_allow_other;
 use crate::unmount::one_line;
 
@@ -67,11 +68,25 @@ pub(crate) fn mount(file: &Path, at: &Path, options: &[String], read_only: bool)
 
 /// The kind of file system, as `blkid` of util-linux names it.
 fn kind_of(file: &Path) -> Result<String> {
-    let failed = |why: String| Error::new(ErrorKind::Unsupported, format!("no file system is found in it: {why}")).at(file);
+    let found_none = |why: &str| {
+        let place = match file.file_name() {
+            Some(name) if name != DISK_FILE => format!("in its partition {}", name.display()),
+            _ => "on the disk as a whole".to_owned(),
+        };
+        let message = format!("no file system is found {place} ({why}); without --fs, vhd mount shows its bytes");
+        Error::new(ErrorKind::Unsupported, message).at(file)
+    };
     let mut command = Command::new("blkid");
     command.args(["-p", "-o", "value", "-s", "TYPE"]).arg(file);
-    let kind = run(&mut command).map_err(failed)?;
-    if kind.is_empty() { Err(failed("blkid knows none".to_owned())) } else { Ok(kind) }
+    let output = output(&mut command).map_err(|why| found_none(&why))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    let kind = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    // Where it finds nothing it fails without a word.
+    match (output.status.success(), said.trim().is_empty()) {
+        (true, _) if !kind.is_empty() => Ok(kind),
+        (true, _) | (false, true) => Err(found_none("blkid knows none")),
+        (false, false) => Err(found_none(one_line(&said))),
+    }
 }
 
 /// Through a loop device, which goes by itself with the mount.
@@ -100,6 +115,15 @@ fn by_kernel(file: &Path, at: &Path, kind: &str, options: &[String], read_only: 
 
 /// What a program printed; or why it failed, in one line.
 fn run(command: &mut Command) -> std::result::Result<String, String> {
+    let output = output(command)?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    }
+    Err(one_line(&String::from_utf8_lossy(&output.stderr)).to_owned())
+}
+
+/// What came of a program, where it can be started.
+fn output(command: &mut Command) -> std::result::Result<Output, String> {
     // mount(8) gives its helpers no path at all, and losetup and the like are not on every user's.
     const SYSTEM: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
     let path = match std::env::var("PATH") {
@@ -108,11 +132,7 @@ fn run(command: &mut Command) -> std::result::Result<String, String> {
         _ => SYSTEM.to_owned(),
     };
     let output = command.env("PATH", path).env("LC_ALL", "C").output();
-    let output = output.map_err(|error| format!("{}: {error}", command.get_program().to_string_lossy()))?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned());
-    }
-    Err(one_line(&String::from_utf8_lossy(&output.stderr)).to_owned())
+    output.map_err(|error| format!("{}: {error}", command.get_program().to_string_lossy()))
 }
 
 /// The file that a mounted file system is in, by what is told to be mounted: itself, or a loop device over it.

@@ -250,7 +250,9 @@ fn an_initrd_or_a_command_line_that_has_no_room_is_refused() {
         assert!(why.contains("its command line has"), "{why}");
     }
     let missing = Boot { kernel: Some("missing".into()), ..Boot::default() };
-    assert!(Kernel::read(&missing, None).unwrap_err().to_string().starts_with("missing: No such file"));
+    assert!(
+        Kernel::read(&missing, None).unwrap_err().to_string().starts_with("missing: can't be read as the kernel: No such file")
+    );
     let why = Kernel::read(&Boot::default(), None).unwrap_err().to_string();
     assert!(why.contains("no disk to find one on"), "{why}");
 }

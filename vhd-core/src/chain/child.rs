@@ -57,7 +57,8 @@ impl ChildOptions {
 /// # Errors
 /// `Locked` when someone writes to the parent; `InvalidInput`; those of [`create_file`](crate::image::create_file).
 pub fn create_child(path: &Path, parent: &Path, options: &ChildOptions, open: &ChainOptions) -> Result<Created> {
-    let (layer, uuid) = if is_vhd_name(parent) {
+    // The image of an undo session is one whatever its name: it was opened as that.
+    let (layer, uuid) = if is_vhd_name(parent) || options.session.is_some() {
         let image = Chain::open_image(parent, open)?;
         refuse_linked(&image, "can't be a parent")?;
         refuse_unfinished(parent, &image, open)?;

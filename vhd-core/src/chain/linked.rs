@@ -138,6 +138,9 @@ pub fn create_link(path: &Path, target: &Path, uuid: [u8; 16], overwrite: bool) 
         let message = "is a VHD already: a linked disk is made of a device or a raw file";
         return Err(Error::new(ErrorKind::InvalidInput, message).at(target));
     }
+    if linked.size == 0 {
+        return Err(Error::new(ErrorKind::InvalidInput, "is empty: there is nothing to link to").at(target));
+    }
     let text = serde_json::to_vec(&linked)
         .map_err(|_| Error::new(ErrorKind::InvalidInput, "is not UTF-8: an image can't name it; rename it").at(target))?;
     let own = Some((PlatformCode::LINKED_DISK, text));

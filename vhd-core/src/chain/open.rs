@@ -173,6 +173,9 @@ pub(crate) fn open_file(path: &Path, writable: bool, options: &ChainOptions) -> 
 /// Opens the leaf to read what it says; it is locked as it will be used.
 fn open_leaf(path: &Path, options: &ChainOptions) -> Result<(Arc<FileStorage>, Arc<Image>)> {
     let writable = options.image.writable;
+    if options.rehearsal {
+        FileStorage::rehearse(path)?;
+    }
     let storage = open_file(path, writable, options)?;
     storage.lock(if writable { LockMode::Write } else { LockMode::Read })?;
     let look = OpenOptions { writable: false, ..options.image.clone() };

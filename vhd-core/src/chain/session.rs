@@ -53,6 +53,11 @@ impl UndoSession {
     /// As an undo disk in `folder` has it: files that are moved together stay together.
     pub(crate) fn to_bytes(&self, folder: &Path) -> Result<Vec<u8>> {
         let relative = self.map_paths(|path| relative_to(path, folder));
+        let mut named = relative.members.iter().flat_map(|member| [&member.image, &member.undo]);
+        if let Some(odd) = named.find(|path| path.to_str().is_none()) {
+            let message = "its name is not UTF-8, so an undo disk can't record it; rename it";
+            return Err(Error::new(ErrorKind::InvalidInput, message).at(&folder.join(odd)));
+        }
         serde_json::to_vec(&relative)
             .ok()
             .filter(|bytes| bytes.len() <= MAX_LEN as usize)

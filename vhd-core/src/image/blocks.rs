@@ -364,7 +364,8 @@ impl Blocks {
         if !self.storage.can_grow() {
             return Err(Error::new(ErrorKind::NoSpace, "is on a device without room to move blocks"));
         }
-        let at = self.layout.aligned_slot_start(self.file_len);
+        // Where blocks may begin may be far beyond the end of a small file, whose table is to become a large one.
+        let at = self.layout.aligned_slot_start(self.file_len.max(self.floor));
         let end = at + self.layout.slot_len();
         let len = FooterPlace::PageEnd.file_len(end);
         if !self.dry {

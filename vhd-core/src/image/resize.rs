@@ -130,7 +130,8 @@ struct Relayout<'a> {
 impl Relayout<'_> {
     fn run(&self, front: &Front) -> Result<()> {
         let footers = Footers::read(self.storage).map_err(|error| Error::io(error, "can't be read"))?;
-        let header_at = footers.file_len.next_multiple_of(DATA_ALIGNMENT);
+        // An image that holds no block may end before the new table does, which must not lie over the copy that counts.
+        let header_at = footers.file_len.max(front.end).next_multiple_of(DATA_ALIGNMENT);
         let bat_at = header_at + HEADER_LEN as u64;
         let bat_len = (self.blocks.entries().len() as u64 * BAT_ENTRY_LEN).next_multiple_of(SECTOR);
         let mut at = bat_at + bat_len;

@@ -93,6 +93,10 @@ pub fn convert_in_place(
         return Ok(ConvertedInPlace { from: "another type", size, data: 0, resumed: true });
     }
     let source = Source::open(path, is_raw, options, begun.is_some(), chain)?;
+    if path.file_name().is_some_and(|name| name.to_str().is_none()) {
+        let message = "its name is not UTF-8, so the record of a conversion can't hold it; rename it";
+        return Err(Error::new(ErrorKind::InvalidInput, message).at(path));
+    }
     let size = source.disk.size();
     let mut done = ConvertedInPlace { from: source.kind, size, data: 0, resumed: begun.is_some() };
     done.data = source.data()?;

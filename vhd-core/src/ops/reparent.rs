@@ -58,7 +58,7 @@ pub fn find_parent(child: &Path, chain: &ChainOptions) -> Result<PathBuf> {
 /// `InvalidInput` for parents that can't be: a child of the image, itself, or larger; `Parent` for another identifier
 /// without `force`; `Locked`; those of [`Image::open`]. The child is as it was then.
 pub fn reparent(child: &Path, parent: &Path, force: bool, dry_run: bool, chain: &ChainOptions) -> Result<Reparented> {
-    let file = Arc::new(FileStorage::open(child, !dry_run)?);
+    let file = Arc::new(if dry_run { FileStorage::rehearse(child)? } else { FileStorage::open(child, true)? });
     file.lock(if dry_run { LockMode::Read } else { LockMode::Write })?;
     let look = OpenOptions { writable: false, ..chain.image.clone() };
     let image = Image::open(Arc::clone(&file) as _, child, &look)?;

@@ -109,7 +109,9 @@ pub fn plan_start(images: &[PathBuf], dir: Option<&Path>, chain: &ChainOptions) 
         }
         members.push(UndoMember { image, undo });
     }
-    Ok(UndoSession { id: Uuid::new_v4(), members })
+    let session = UndoSession { id: Uuid::new_v4(), members };
+    session.members.iter().try_for_each(|member| session.to_bytes(folder_of(&member.undo)).map(drop))?;
+    Ok(session)
 }
 
 /// Says how it stands with each image.
@@ -218,7 +220,10 @@ fn held(
     let members = named_members(images, dir, chain, true)?;
     let mut held = Vec::new();
     for member in members.iter().filter(|member| member.undo.exists()) {
-        let file = FileStorage::open(&member.undo, matches!(mode, LockMode::Write))?;
+        let file = match mode {
+            LockMode::Read => FileStorage::rehearse(&member.undo)?,
+            LockMode::Write => FileStorage::open(&member.undo, true)?,
+        };
         file.lock(mode)?;
         let uuid = uuid_of_file(&member.undo)?.unwrap_or_default();
         if let Some(child) = find_children(&member.undo, uuid).first().filter(|_| !force) {

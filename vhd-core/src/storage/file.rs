@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use nix::sys::uio::{pread, preadv, pwrite, pwritev};
 use nix::unistd::{Whence, lseek};
-use rustix::fs::{Advice, fstatfs};
+use rustix::fs::{Access, Advice, AtFlags, CWD, accessat, fstatfs};
 use rustix::io::{ReadWriteFlags, preadv2};
 
 use super::direct::Direct;
@@ -76,6 +76,16 @@ impl FileStorage {
     /// As there; `Locked`.
     pub fn open_alone(path: &Path) -> Result<Self> {
         Self::open_as(path, false, true)
+    }
+
+    /// Opens for reading what [`Self::open`] would open for writing, and refuses what this user may not write: for a dry run.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn rehearse(path: &Path) -> Result<Self> {
+        let allowed = accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS);
+        allowed.map_err(|error| open_error(error.into(), true).at(path))?;
+        Self::open(path, false)
     }
 
     /// Nobody may have a device to himself already that is opened `alone`.

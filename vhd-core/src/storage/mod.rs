@@ -21,7 +21,8 @@ pub use file::FileStorage;
 pub use host::{Host, LocalHost, folder_of, put_file, resolve};
 pub use lock::LockMode;
 pub use memory::MemoryStorage;
-pub use replace::replace_file;
+pub(crate) use replace::may_change_names_beside;
+pub use replace::{rehearse_replace, replace_file};
 
 /// Zeros for those who must write some.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];

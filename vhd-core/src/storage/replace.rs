@@ -5,6 +5,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::{Access, AtFlags, CWD, accessat};
+
 use super::unnamed::Unnamed;
 use super::{FileStorage, Host, LockMode, Storage, folder_of};
 use crate::error::{Error, ErrorKind, Result};
@@ -30,9 +32,9 @@ pub fn replace_file(
     overwrite: bool,
     fill: impl FnOnce(&Arc<dyn Storage>) -> Result<()>,
 ) -> Result<()> {
+    refuse_at_once(path, overwrite)?;
     let found = std::fs::metadata(path).ok();
     match &found {
-        Some(_) if !overwrite => return Err(exists(path)),
         Some(found) if found.file_type().is_block_device() => {
             let storage = Arc::new(FileStorage::open(path, true)?);
             storage.lock(LockMode::Write)?;
@@ -72,6 +74,37 @@ pub fn replace_file(
             drop(host.remove(path));
         }
     })
+}
+
+/// Refuses what [`replace_file`] would before it begins to fill the file, and makes nothing: for a dry run.
+///
+/// # Errors
+/// As there.
+pub fn rehearse_replace(path: &Path, overwrite: bool) -> Result<()> {
+    refuse_at_once(path, overwrite)?;
+    if path.exists() {
+        return FileStorage::rehearse(path)?.lock(LockMode::Write);
+    }
+    may_change_names_beside(path).map_err(|error| Error::io(error, "can't be created").at(path))
+}
+
+/// Whether this user may make and remove files in the folder of this one.
+pub(crate) fn may_change_names_beside(path: &Path) -> std::io::Result<()> {
+    // By this name it is a folder, or nothing.
+    let folder = folder_of(path).join(".");
+    Ok(accessat(CWD, &folder, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS)?)
+}
+
+/// Refuses what can be seen to be wrong with a name before the work is done.
+fn refuse_at_once(path: &Path, overwrite: bool) -> Result<()> {
+    // A link that leads nowhere is something, too.
+    if !overwrite && path.symlink_metadata().is_ok() {
+        return Err(exists(path));
+    }
+    if path.as_os_str().as_encoded_bytes().ends_with(b"/") {
+        return Err(Error::new(ErrorKind::InvalidInput, "is the name of a folder, expected a file").at(path));
+    }
+    Ok(())
 }
 
 fn exists(path: &Path) -> Error {

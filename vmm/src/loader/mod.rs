@@ -56,9 +56,9 @@ impl Kernel {
     /// # Errors
     /// [`LoadError`].
     pub fn read(boot: &Boot, disk: Option<&Disk>) -> Result<Self, LoadError> {
-        let initrd = boot.initrd.as_ref().map(|path| Ok((path.clone(), read(path)?))).transpose()?;
+        let initrd = boot.initrd.as_ref().map(|path| Ok((path.clone(), read(path, INITRD)?))).transpose()?;
         if let Some(name) = &boot.kernel {
-            let (name, image, command_line) = (name.clone(), read(name)?, boot.command_line.clone());
+            let (name, image, command_line) = (name.clone(), read(name, KERNEL)?, boot.command_line.clone());
             return Ok(Self { name, image, initrd, command_line, chosen: None });
         }
         let disk = disk.ok_or_else(|| LoadError::new(Path::new("--kernel"), "there is no kernel, and no disk to find one on"))?;
@@ -141,15 +141,26 @@ struct Loaded {
     end: u64,
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
+/// What a file of the host's is to be, and what to do where it is not.
+type Wanted = [&'static str; 2];
+const KERNEL: Wanted =
+    ["kernel", "give an ELF file or a bzImage, or no kernel to start the one that the first disk's boot menu names"];
+const INITRD: Wanted = ["initial RAM disk", "give the file that belongs to the kernel, or none"];
+
+fn read(path: &Path, [what, instead]: Wanted) -> Result<Vec<u8>, LoadError> {
     let whole = || {
-        let len = std::fs::metadata(path)?.len();
+        let found = std::fs::metadata(path)?;
+        // A pipe might be waited for without end, and has nothing more when the guest is reset.
+        if !found.is_file() {
+            return Err(io::Error::other(if found.is_dir() { "is a folder" } else { "is no regular file" }));
+        }
+        let len = found.len();
         if len > MAX_FILE {
             return Err(io::Error::other(format!("has {len} bytes, more than {MAX_FILE}")));
         }
         std::fs::read(path)
     };
-    whole().map_err(|error| LoadError::new(path, error))
+    whole().map_err(|error| LoadError::new(path, format!("can't be read as the {what}: {error}; {instead}")))
 }
 
 /// Puts the initial RAM disk as high as it goes, below what a 32-bit address can't name.

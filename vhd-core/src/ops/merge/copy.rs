@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::super::share::{BATCH, CHUNK, MAX_PIECES, share};
 use crate::block::{Disk, Extent, ExtentState, ZeroMode};
-use crate::chain::Chain;
+use crate::chain::{Chain, Layer};
 use crate::error::Result;
 use crate::progress::Progress;
 use crate::storage::AlignedBuffer;
@@ -16,10 +16,27 @@ pub(super) struct Amount {
     pub(super) zeros: u64,
 }
 
-/// Counts what the images of `upper` hold.
-pub(super) fn amount(upper: &Chain) -> Result<Amount> {
-    let mut amount = Amount::default();
+/// Calls `visit` with what the images of `upper` hold. Behind the end of one that is smaller than the leaf there is nothing,
+/// whatever lies deeper: that is zero, as far as a target of `size` bytes could show through.
+fn extents(upper: &Chain, size: u64, visit: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
+    let shown = upper.layers().iter().map(Layer::size).min().unwrap_or(0);
     upper.coarse_extents(&mut |extent| {
+        let Range { start, end } = extent.range;
+        if extent.state != ExtentState::Absent || end.min(size) <= shown {
+            return visit(extent);
+        }
+        let from = shown.clamp(start, end);
+        let to = size.clamp(from, end);
+        let parts = [(start..from, ExtentState::Absent), (from..to, ExtentState::Zero), (to..end, ExtentState::Absent)];
+        let mut parts = parts.into_iter().filter(|(range, _)| !range.is_empty());
+        parts.try_for_each(|(range, state)| visit(Extent { range, state, ..extent.clone() }))
+    })
+}
+
+/// Counts what the images of `upper` hold that a target of `size` bytes is to get.
+pub(super) fn amount(upper: &Chain, size: u64) -> Result<Amount> {
+    let mut amount = Amount::default();
+    extents(upper, size, &mut |extent| {
         let len = extent.range.end - extent.range.start;
         match extent.state {
             ExtentState::Data => amount.data += len,
@@ -34,7 +51,7 @@ pub(super) fn amount(upper: &Chain) -> Result<Amount> {
 /// Writes what the images of `upper` hold to `target`, each sector once: that of the highest image that holds it.
 pub(super) fn copy_up(upper: &Chain, target: &Disk, progress: &Progress) -> Result<()> {
     share(
-        |send| find(upper, send),
+        |send| find(upper, target.size(), send),
         |buffer, batch| {
             let mut pending = Pending { buffer, len: 0, at: 0 };
             for extent in batch {
@@ -53,9 +70,9 @@ pub(super) fn copy_up(upper: &Chain, target: &Disk, progress: &Progress) -> Resu
 }
 
 /// Sends what is to be written. What is in one block is in one batch.
-fn find(upper: &Chain, send: &dyn Fn(Vec<Extent>) -> Result<()>) -> Result<()> {
+fn find(upper: &Chain, size: u64, send: &dyn Fn(Vec<Extent>) -> Result<()>) -> Result<()> {
     let mut batch = Vec::new();
-    upper.coarse_extents(&mut |extent| {
+    extents(upper, size, &mut |extent| {
         let mut at = extent.range.start;
         while at < extent.range.end {
             // Zeros are told at once: a whole block is freed, however many there are.

@@ -3,17 +3,19 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::{Access, AtFlags, CWD, accessat};
+use rustix::io::Errno;
 use uuid::Uuid;
 
 use super::MergeOptions;
 use super::copy::amount;
 use crate::block::BlockDevice;
-use crate::chain::{Chain, ChainOptions, Layer, find_children, refuse_linked};
+use crate::chain::{Chain, ChainOptions, Layer, find_children, refuse_linked, relative_to};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
 use crate::image::{Image, OpenOptions};
 use crate::intent::{self, FooterMove, Member, Merge};
-use crate::storage::FileStorage;
+use crate::storage::{FileStorage, folder_of, may_change_names_beside};
 
 /// What a merge will do.
 #[derive(Clone, Debug)]
@@ -87,18 +89,65 @@ pub fn plan(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result
         delete: options.delete,
         grow,
     };
-    let amount = amount(&upper)?;
-    refuse_unwritable(target, &member, chain)?;
+    let amount = amount(&upper, target.size())?;
+    refuse_larger_children(&member, size, target.size(), chain)?;
+    refuse_unrecordable(&member)?;
+    refuse_unwritable(target, &member, options.force, chain)?;
     Ok(MergePlan { member, data: amount.data, zeros: amount.zeros, grow_to, lost, resumed: None })
 }
 
+/// Refuses a leaf of `size` bytes with a child that is larger, over a target that is: what lies there beyond the leaf's end
+/// would show in the child.
+fn refuse_larger_children(member: &Member, size: u64, target: u64, chain: &ChainOptions) -> Result<()> {
+    for child in member.children.iter().filter(|_| target > size) {
+        if Chain::open_image(child, chain)?.size() > size {
+            let (child, target) = (child.display(), member.target.display());
+            let message = format!(
+                "its child {child} is larger and would show what {target} holds beyond its end; merge {child} into that one"
+            );
+            return Err(Error::new(ErrorKind::Refused, message).at(&member.leaf));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses names that the record of a merge can't hold, which is text.
+fn refuse_unrecordable(member: &Member) -> Result<()> {
+    let folder = folder_of(&member.target);
+    let mut named = [&member.target, &member.leaf].into_iter().chain(&member.between).chain(&member.children);
+    match named.find(|path| relative_to(path, folder).to_str().is_none()) {
+        Some(odd) => {
+            let message = "its name is not UTF-8, so the record of a merge can't hold it; rename it";
+            Err(Error::new(ErrorKind::InvalidInput, message).at(odd))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Refuses a merge that could not write all that it has to: it would be begun, and could not be finished.
-fn refuse_unwritable(target: &Layer, member: &Member, chain: &ChainOptions) -> Result<()> {
-    let target = target.image().map(|image| image.path());
-    let leaf = (!member.delete).then_some(member.leaf.as_path());
-    let relinked = leaf.into_iter().chain(member.children.iter().map(PathBuf::as_path));
+fn refuse_unwritable(target: &Layer, member: &Member, force: bool, chain: &ChainOptions) -> Result<()> {
     let options = OpenOptions { force: true, ..chain.image.clone() };
-    target.into_iter().chain(relinked).try_for_each(|path| Image::rehearse(&FileStorage::open(path, false)?, path, &options))
+    // With force the target's protection is lifted.
+    let file = if force { FileStorage::open(target.path(), false)? } else { FileStorage::rehearse(target.path())? };
+    if target.image().is_some() {
+        Image::rehearse(&file, target.path(), &options)?;
+    }
+    let leaf = (!member.delete).then_some(member.leaf.as_path());
+    let mut relinked = leaf.into_iter().chain(member.children.iter().map(PathBuf::as_path));
+    relinked.try_for_each(|path| Image::rehearse(&FileStorage::rehearse(path)?, path, &options))?;
+    let removed = std::iter::once(&member.leaf).chain(&member.between).filter(|_| member.delete);
+    removed.into_iter().try_for_each(|path| refuse_unremovable(path))
+}
+
+/// Refuses an image that could not be removed at the end. One that was protected because it has children is immutable.
+fn refuse_unremovable(path: &Path) -> Result<()> {
+    let failed = |error| Error::io(error, "can't be removed from its folder, as it would be once it is merged").at(path);
+    may_change_names_beside(path).map_err(failed)?;
+    if accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS) == Err(Errno::PERM) {
+        let message = "is immutable, so it can't be removed once it is merged; `chattr -i` ends that";
+        return Err(Error::new(ErrorKind::ReadOnly, message).at(path));
+    }
+    Ok(())
 }
 
 /// How a fixed target becomes `size` bytes large.
@@ -150,7 +199,7 @@ fn resumed(merge: Merge, chain: &ChainOptions) -> Result<MergePlan> {
     let mut plan = MergePlan { member, data: 0, zeros: 0, grow_to: None, lost: Vec::new(), resumed: None };
     if !merge.finishing {
         let upper = upper(&plan.member, &read_only(chain))?;
-        let amount = amount(&upper)?;
+        let amount = amount(&upper, upper.capabilities().size)?;
         (plan.data, plan.zeros) = (amount.data, amount.zeros);
     }
     plan.resumed = Some(merge);
