@@ -116,6 +116,8 @@ pub struct Row {
     pub cpu: Option<[f64; 2]>,
     /// Bytes of memory, at most.
     pub memory: Option<u64>,
+    /// How often it was measured.
+    pub rounds: usize,
     /// This shows what the kernel can do.
     pub is_floor: bool,
     /// What should be reached, and whether it is.
@@ -148,14 +150,23 @@ impl Row {
     }
 }
 
+/// Counted rounds of those who are only shown: without a goal, and nothing that others are judged by.
+const SHOWN_ROUNDS: usize = 5;
+
 /// Runs all subjects in turn, so many rounds after one that does not count. The first subject is the reference.
 pub fn alternate(case: &str, unit: Unit, rounds: usize, subjects: &mut [Subject<'_>]) -> Result<Vec<Row>> {
     let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); subjects.len()];
+    let references: Vec<usize> = subjects.iter().map(|subject| subject.against).collect();
     for round in 0..=rounds {
         for turn in 0..subjects.len() {
-            // Everyone is first as often as the others.
+            // Everyone is first as often as the others, and comes after each neighbour.
+            let turn = if round % 2 == 0 { turn } else { subjects.len() - 1 - turn };
             let index = (turn + round) % subjects.len();
             let subject = &mut subjects[index];
+            let is_shown_only = subject.goals.is_empty() && !subject.is_floor && !references.contains(&index);
+            if is_shown_only && round > SHOWN_ROUNDS {
+                continue;
+            }
             let sample = (subject.run)().with_context(|| format!("{case}: {}", subject.name))?;
             if round > 0 {
                 samples[index].push(sample);
@@ -176,6 +187,7 @@ pub fn alternate(case: &str, unit: Unit, rounds: usize, subjects: &mut [Subject<
             ratio: spread(&ratios),
             cpu: cpu.map(|cpu| [spread(&cpu)[0], cpu_ratios.map_or(f64::NAN, |ratios| spread(&ratios)[0])]),
             memory: own.iter().filter_map(|sample| sample.memory).max(),
+            rounds: own.len(),
             is_floor: subject.is_floor,
             goals: Vec::new(),
         }
@@ -222,6 +234,14 @@ mod tests {
         assert_eq!(rows[1].goals, [(Goal::Ratio(2.0), Verdict::Met), (Goal::Memory(6), Verdict::Missed)]);
         assert_eq!((rows[0].value, rows[0].goals.len()), ([4.0, 2.0, 6.0], 0));
         assert_eq!(spread(&[3.0, 1.0]), [2.0, 1.0, 3.0]);
+    }
+
+    #[test]
+    fn who_is_only_shown_is_measured_less_often_in_the_same_rounds() {
+        let mut subjects = [rising("reference", 1.0), rising("own", 2.0).with_target(2.0), rising("peer", 3.0)];
+        let rows = alternate("case", Unit::Seconds, 9, &mut subjects).unwrap();
+        assert_eq!(rows.iter().map(|row| row.rounds).collect::<Vec<_>>(), [9, 9, SHOWN_ROUNDS]);
+        assert_eq!((rows[1].ratio, rows[2].ratio), ([2.0; 3], [3.0; 3]));
     }
 
     #[test]

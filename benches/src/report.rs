@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use crate::case::many_rounds;
 use crate::chart;
 use crate::measure::{Goal, Row, Unit, Verdict};
 use crate::process::output;
@@ -66,10 +67,15 @@ impl Report {
 
     pub fn to_markdown(&self) -> String {
         let mut text = format!(
-            "Machine: {}. Commit: {}. Places: {}. Medians of {} rounds in turn; `x` is the ratio to the case's first line in the \
+            "Machine: {}. Commit: {}. Places: {}. Medians of {} rounds in turn ({} for requests through \
+             NBD and FUSE, where peers that are only shown have 5); `x` is the ratio to the case's first line in the \
              same round, `cpu x` that of the processor time (of the server, a request, for NBD and FUSE); lines in *italics* are \
              the same work with nothing of ours in it.\n\n",
-            self.machine, self.commit, self.places, self.rounds
+            self.machine,
+            self.commit,
+            self.places,
+            self.rounds,
+            many_rounds(self.rounds)
         );
         text.push_str("| case | who | value | x [least, most] | goal | cpu x | memory |\n|---|---|---|---|---|---|---|\n");
         for row in &self.rows {
