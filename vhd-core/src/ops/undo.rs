@@ -159,7 +159,7 @@ pub fn plan_commit(images: &[PathBuf], dir: Option<&Path>, force: bool, chain: &
     }
     let plan_of = |member: &UndoMember| {
         let options = MergeOptions { into: Some(member.image.clone()), delete: true, force };
-        merge::plan(&member.undo, &options, chain)
+        merge::plan_of_commit(&member.undo, &options, chain)
     };
     named_members(images, dir, chain, false)?.iter().map(plan_of).collect()
 }

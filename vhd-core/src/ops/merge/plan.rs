@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::MergeOptions;
 use super::copy::amount;
 use crate::block::BlockDevice;
-use crate::chain::{Chain, ChainOptions, Layer, find_children, refuse_linked, relative_to};
+use crate::chain::{Chain, ChainOptions, Layer, UndoSession, find_children, refuse_linked, relative_to};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
 use crate::image::{Image, OpenOptions};
@@ -48,6 +48,18 @@ impl MergePlan {
 /// `InvalidInput` when there is nothing to merge into; `Refused` for what only `force` allows; as the images can't be
 /// read.
 pub fn plan(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result<MergePlan> {
+    plan_for(leaf, options, false, chain)
+}
+
+/// As [`plan`], of one image of an undo session whose commit merges them all.
+///
+/// # Errors
+/// As there.
+pub(crate) fn plan_of_commit(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result<MergePlan> {
+    plan_for(leaf, options, true, chain)
+}
+
+fn plan_for(leaf: &Path, options: &MergeOptions, is_commit: bool, chain: &ChainOptions) -> Result<MergePlan> {
     if let Some(target) = &options.into
         && let Some(merge) = unfinished(target, leaf)?
     {
@@ -64,11 +76,14 @@ pub fn plan(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result
     }
     let uuid = layers[0].image().map(|image| image.footer().uuid()).unwrap_or_default();
     let lost = lost_by(layers, depth);
+    let children = if uuid == [0; 16] { Vec::new() } else { find_children(leaf, uuid) };
     if !options.force {
         refuse_unforced(layers, depth, &lost)?;
+        if !is_commit {
+            refuse_parting(&layers[..depth], &children, &look)?;
+        }
     }
     let real = |path: &Path| path.canonicalize().map_err(|error| Error::io(error, "can't be resolved").at(path));
-    let children = if uuid == [0; 16] { Vec::new() } else { find_children(leaf, uuid) };
     let upper = Chain::over(layers[0].clone(), layers[1..depth].to_vec());
     let size = upper.capabilities().size;
     let grow_to = (target.size() < size).then_some(size);
@@ -94,6 +109,32 @@ pub fn plan(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result
     refuse_unrecordable(&member)?;
     refuse_unwritable(target, &member, options.force, chain)?;
     Ok(MergePlan { member, data: amount.data, zeros: amount.zeros, grow_to, lost, resumed: None })
+}
+
+/// Refuses what would take a part out of an undo session: one of several undo disks, without which the others could only be
+/// discarded, or the image of one, without which that could be neither committed nor discarded.
+fn refuse_parting(merged: &[Layer], children: &[PathBuf], look: &ChainOptions) -> Result<()> {
+    for image in merged.iter().filter_map(Layer::image) {
+        if UndoSession::of(image)?.is_some_and(|session| session.members.len() > 1) {
+            let message = "is one of several undo disks of a session, and without it the others could only be discarded; `vhd undo \
+                           commit` merges them all, --force this one alone";
+            return Err(Error::new(ErrorKind::Refused, message).at(image.path()));
+        }
+    }
+    let Some(leaf) = merged.first().map(Layer::path) else { return Ok(()) };
+    let real = leaf.canonicalize().ok();
+    for child in children {
+        let session = UndoSession::of(&*Chain::open_image(child, look)?)?;
+        let mut members = session.iter().flat_map(|session| &session.members);
+        if members.any(|member| member.image.canonicalize().ok() == real) {
+            let message = format!(
+                "has the undo disk {}, whose session could not be ended without it; commit or discard that first, or use --force",
+                child.display()
+            );
+            return Err(Error::new(ErrorKind::Refused, message).at(leaf));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a leaf of `size` bytes with a child that is larger, over a target that is: what lies there beyond the leaf's end
