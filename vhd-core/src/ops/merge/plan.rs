@@ -168,8 +168,9 @@ fn refuse_unrecordable(member: &Member) -> Result<()> {
 /// Refuses a merge that could not write all that it has to: it would be begun, and could not be finished.
 fn refuse_unwritable(target: &Layer, member: &Member, force: bool, chain: &ChainOptions) -> Result<()> {
     let options = OpenOptions { force: true, ..chain.image.clone() };
-    // With force the target's protection is lifted.
-    let file = if force { FileStorage::open(target.path(), false)? } else { FileStorage::rehearse(target.path())? };
+    // With force the target's protection is lifted; that it is another user's is not.
+    let lifted = force && is_protected(target.path());
+    let file = if lifted { FileStorage::open(target.path(), false)? } else { FileStorage::rehearse(target.path())? };
     if target.image().is_some() {
         Image::rehearse(&file, target.path(), &options)?;
     }
@@ -180,11 +181,24 @@ fn refuse_unwritable(target: &Layer, member: &Member, force: bool, chain: &Chain
     removed.into_iter().try_for_each(|path| refuse_unremovable(path))
 }
 
+/// True for a file that nobody may write, whoever asks.
+fn is_protected(path: &Path) -> bool {
+    is_read_only(path) || is_immutable(path)
+}
+
+fn is_read_only(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.permissions().readonly())
+}
+
+fn is_immutable(path: &Path) -> bool {
+    accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS) == Err(Errno::PERM)
+}
+
 /// Refuses an image that could not be removed at the end. One that was protected because it has children is immutable.
 fn refuse_unremovable(path: &Path) -> Result<()> {
     let failed = |error| Error::io(error, "can't be removed from its folder, as it would be once it is merged").at(path);
     may_change_names_beside(path).map_err(failed)?;
-    if accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS) == Err(Errno::PERM) {
+    if is_immutable(path) {
         let message = "is immutable, so it can't be removed once it is merged; `chattr -i` ends that";
         return Err(Error::new(ErrorKind::ReadOnly, message).at(path));
     }
@@ -300,8 +314,7 @@ fn refuse_unforced(layers: &[Layer], depth: usize, lost: &[PathBuf]) -> Result<(
             return Err(Error::new(ErrorKind::Refused, message).at(image.path()));
         }
     }
-    let protected = std::fs::metadata(target).is_ok_and(|metadata| metadata.permissions().readonly());
-    if protected {
+    if is_read_only(target) {
         let message = "is write-protected; --force writes to it all the same";
         return Err(Error::new(ErrorKind::Refused, message).at(target));
     }
