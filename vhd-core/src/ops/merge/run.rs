@@ -28,14 +28,10 @@ pub fn execute(plan: &MergePlan, options: &MergeOptions, chain: &ChainOptions, p
 
 /// Does or finishes merges that are one. `begun` says that their record is durable already; with `force` the targets' protection
 /// is lifted meanwhile.
-pub(crate) fn run_all(merge: Merge, begun: bool, force: bool, chain: &ChainOptions, progress: &Progress) -> Result<()> {
+pub(crate) fn run_all(mut merge: Merge, mut begun: bool, force: bool, chain: &ChainOptions, progress: &Progress) -> Result<()> {
     // That of all of them before the first is begun: where one can't be lifted nothing was changed.
     let lifted = merge.members.iter().filter(|_| force).map(|member| protection::Lifted::of(&member.target));
     let _writable: Vec<_> = lifted.collect::<Result<_>>()?;
-    run_writable(merge, begun, chain, progress)
-}
-
-fn run_writable(mut merge: Merge, mut begun: bool, chain: &ChainOptions, progress: &Progress) -> Result<()> {
     let Some(first) = merge.members.first().map(|member| member.target.clone()) else { return Ok(()) };
     if !merge.finishing {
         for member in &merge.members {
