@@ -246,6 +246,37 @@ fn dry_runs_refuse_what_this_user_may_not_write() {
     }
 }
 
+/// The images of a session are committed as one: that the second can't be written is known before the first is.
+#[test]
+fn a_forced_commit_writes_all_images_or_none() {
+    let Some(nobody) = Nobody::new() else { return };
+    let dir = nobody.folder.path();
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o777)).unwrap();
+    for name in ["a", "b"] {
+        expect(nobody.run(&format!("create {name}.vhd --size 4M")), 0, "create");
+    }
+    expect(nobody.run("undo start a.vhd b.vhd"), 0, "start");
+    for name in ["a.vud", "b.vud"] {
+        expect(vhd_fed(dir, &format!("write {name} --offset 0"), b"data"), 0, "write");
+    }
+    let before: Vec<_> = names_in(dir).into_iter().map(|name| fs::read(dir.join(name)).unwrap()).collect();
+    let owned_by = |user| chown(dir.join("b.vhd"), Some(user), None).unwrap();
+    let mode = |mode| fs::set_permissions(dir.join("b.vhd"), fs::Permissions::from_mode(mode)).unwrap();
+    for (bits, says) in [(0o644, "b.vhd: can't be opened for writing"), (0o444, "b.vhd: can't be made writable")] {
+        owned_by(0);
+        mode(bits);
+        let said = one_line(&expect(nobody.run("undo commit a.vhd b.vhd --force"), 2, "commit"), "commit");
+        assert!(said.contains(says), "{said}");
+        let after: Vec<_> = names_in(dir).into_iter().map(|name| fs::read(dir.join(name)).unwrap()).collect();
+        assert!(before == after, "something was changed");
+    }
+    owned_by(65534);
+    expect(nobody.run("undo commit a.vhd b.vhd"), 2, "commit");
+    expect(nobody.run("undo commit a.vhd b.vhd --force"), 0, "commit");
+    let mode = fs::metadata(dir.join("b.vhd")).unwrap().permissions().mode();
+    assert_eq!((mode & 0o777, names_in(dir)), (0o444, vec!["a.vhd".to_owned(), "b.vhd".into(), "vhd".into()]));
+}
+
 /// By its name a raw file is raw, and a guest who writes a footer to its end changes nothing about it.
 #[test]
 fn a_raw_file_stays_raw_whatever_a_guest_wrote_to_it() {

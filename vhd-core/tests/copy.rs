@@ -42,7 +42,8 @@ fn pieces_that_are_read_together_each_go_to_their_place() {
                 continue;
             }
             let disk = open(path, true);
-            let runs = if image == 1 { odd_runs() } else { vec![0..SIZE / 512] };
+            let whole = 0..SIZE / 512;
+            let runs = if image == 1 { odd_runs() } else { vec![whole] };
             for lba in runs.into_iter().flatten() {
                 disk.write_at(&Tag { image, lba, write: 1 }.sector(), lba * 512).unwrap();
             }

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use tempfile::TempDir;
 use vhd_core::chain::ChainOptions;
 use vhd_core::image::NewKind;
+use vhd_core::ops::merge::{MergeOptions, plan};
 use vhd_core::ops::undo;
 use vhd_core::{Disk, ErrorKind, Progress};
 use vhd_testkit::crash::Effort;
@@ -126,6 +127,45 @@ fn all_images_of_a_session_are_named_and_what_is_in_use_is_not_discarded() {
     let error = undo::discard(&images, None, false, &options(false)).unwrap_err();
     assert!(error.to_string().contains("snapshot.vhd"), "{error}");
     assert!(images.iter().all(|image| held(image) == Ok(1) && held(&image.with_extension("vud")) == Ok(2)));
+}
+
+/// Found by `trees`: the other disks of the session could only be discarded then.
+#[test]
+fn a_merge_takes_no_part_out_of_a_session() {
+    let session = Session::new();
+    let images = session.images();
+    let undo = images[1].with_extension("vud");
+    let above = undo.with_file_name("above.vhd");
+    new_child(&above, &undo);
+    for (leaf, delete) in [(&undo, true), (&undo, false), (&above, true)] {
+        let how = MergeOptions { into: Some(images[1].clone()), delete, force: false };
+        let error = plan(leaf, &how, &options(false)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        assert!(error.to_string().contains("vhd undo commit"), "{error}");
+        plan(leaf, &MergeOptions { force: true, ..how }, &options(false)).unwrap();
+    }
+    commit(&images, &options(false)).unwrap();
+    assert!(images.iter().all(|image| held(image) == Ok(2)) && held(&above) == Ok(2));
+}
+
+/// Its undo disk would be one of no image: a session that nothing ends.
+#[test]
+fn an_image_with_an_undo_disk_is_not_merged() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, image) = (folder.path().join("base.vhd"), folder.path().join("disk.vhd"));
+    new_image(&base, NewKind::Dynamic, 32 << 10, 4096);
+    new_child(&image, &base);
+    let images = [image.clone()];
+    undo::start(&images, None, &options(false)).unwrap();
+    for delete in [true, false] {
+        let how = MergeOptions { delete, ..MergeOptions::default() };
+        let error = plan(&image, &how, &options(false)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        assert!(error.to_string().contains("disk.vud"), "{error}");
+        plan(&image, &MergeOptions { force: true, ..how }, &options(false)).unwrap();
+    }
+    commit(&images, &options(false)).unwrap();
+    plan(&image, &MergeOptions::default(), &options(false)).unwrap();
 }
 
 #[test]

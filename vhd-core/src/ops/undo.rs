@@ -159,7 +159,7 @@ pub fn plan_commit(images: &[PathBuf], dir: Option<&Path>, force: bool, chain: &
     }
     let plan_of = |member: &UndoMember| {
         let options = MergeOptions { into: Some(member.image.clone()), delete: true, force };
-        merge::plan(&member.undo, &options, chain)
+        merge::plan_of_commit(&member.undo, &options, chain)
     };
     named_members(images, dir, chain, false)?.iter().map(plan_of).collect()
 }
@@ -174,10 +174,10 @@ pub fn commit(images: &[PathBuf], dir: Option<&Path>, force: bool, chain: &Chain
     let chain = &beside(images, chain)?;
     progress.set_total(plans.iter().map(|plan| plan.data).sum());
     if let Some(begun) = plans.iter().find_map(|plan| plan.resumed.clone()) {
-        return merge::run_all(begun, true, chain, progress);
+        return merge::run_all(begun, true, force, chain, progress);
     }
     let members = plans.into_iter().map(|plan| plan.member).collect();
-    merge::run_all(Merge { undo: true, members, ..Merge::default() }, false, chain, progress)
+    merge::run_all(Merge { undo: true, members, ..Merge::default() }, false, force, chain, progress)
 }
 
 /// The undo disks that a discard would remove.

@@ -9,8 +9,8 @@ mod run;
 
 use std::path::PathBuf;
 
-pub(crate) use plan::plans_of;
 pub use plan::{MergePlan, plan};
+pub(crate) use plan::{plan_of_commit, plans_of};
 pub use run::execute;
 pub(crate) use run::run_all;
 
@@ -21,6 +21,7 @@ pub struct MergeOptions {
     pub into: Option<PathBuf>,
     /// Removes the child and the images between at the end.
     pub delete: bool,
-    /// Goes on although other children are lost, the target is write-protected, or a saved state relies on it.
+    /// Goes on although other children are lost, an undo session too, the target is write-protected, or a saved state relies on
+    /// it.
     pub force: bool,
 }

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::MergeOptions;
 use super::copy::amount;
 use crate::block::BlockDevice;
-use crate::chain::{Chain, ChainOptions, Layer, find_children, refuse_linked, relative_to};
+use crate::chain::{Chain, ChainOptions, Layer, UndoSession, find_children, refuse_linked, relative_to};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
 use crate::image::{Image, OpenOptions};
@@ -48,6 +48,18 @@ impl MergePlan {
 /// `InvalidInput` when there is nothing to merge into; `Refused` for what only `force` allows; as the images can't be
 /// read.
 pub fn plan(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result<MergePlan> {
+    plan_for(leaf, options, false, chain)
+}
+
+/// As [`plan`], of one image of an undo session whose commit merges them all.
+///
+/// # Errors
+/// As there.
+pub(crate) fn plan_of_commit(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result<MergePlan> {
+    plan_for(leaf, options, true, chain)
+}
+
+fn plan_for(leaf: &Path, options: &MergeOptions, is_commit: bool, chain: &ChainOptions) -> Result<MergePlan> {
     if let Some(target) = &options.into
         && let Some(merge) = unfinished(target, leaf)?
     {
@@ -64,11 +76,14 @@ pub fn plan(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result
     }
     let uuid = layers[0].image().map(|image| image.footer().uuid()).unwrap_or_default();
     let lost = lost_by(layers, depth);
+    let children = if uuid == [0; 16] { Vec::new() } else { find_children(leaf, uuid) };
     if !options.force {
         refuse_unforced(layers, depth, &lost)?;
+        if !is_commit {
+            refuse_parting(&layers[..depth], &children, &look)?;
+        }
     }
     let real = |path: &Path| path.canonicalize().map_err(|error| Error::io(error, "can't be resolved").at(path));
-    let children = if uuid == [0; 16] { Vec::new() } else { find_children(leaf, uuid) };
     let upper = Chain::over(layers[0].clone(), layers[1..depth].to_vec());
     let size = upper.capabilities().size;
     let grow_to = (target.size() < size).then_some(size);
@@ -94,6 +109,32 @@ pub fn plan(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result
     refuse_unrecordable(&member)?;
     refuse_unwritable(target, &member, options.force, chain)?;
     Ok(MergePlan { member, data: amount.data, zeros: amount.zeros, grow_to, lost, resumed: None })
+}
+
+/// Refuses what would take a part out of an undo session: one of several undo disks, without which the others could only be
+/// discarded, or the image of one, without which that could be neither committed nor discarded.
+fn refuse_parting(merged: &[Layer], children: &[PathBuf], look: &ChainOptions) -> Result<()> {
+    for image in merged.iter().filter_map(Layer::image) {
+        if UndoSession::of(image)?.is_some_and(|session| session.members.len() > 1) {
+            let message = "is one of several undo disks of a session, and without it the others could only be discarded; `vhd undo \
+                           commit` merges them all, --force this one alone";
+            return Err(Error::new(ErrorKind::Refused, message).at(image.path()));
+        }
+    }
+    let Some(leaf) = merged.first().map(Layer::path) else { return Ok(()) };
+    let real = leaf.canonicalize().ok();
+    for child in children {
+        let session = UndoSession::of(&*Chain::open_image(child, look)?)?;
+        let mut members = session.iter().flat_map(|session| &session.members);
+        if members.any(|member| member.image.canonicalize().ok() == real) {
+            let message = format!(
+                "has the undo disk {}, whose session could not be ended without it; commit or discard that first, or use --force",
+                child.display()
+            );
+            return Err(Error::new(ErrorKind::Refused, message).at(leaf));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a leaf of `size` bytes with a child that is larger, over a target that is: what lies there beyond the leaf's end
@@ -127,8 +168,9 @@ fn refuse_unrecordable(member: &Member) -> Result<()> {
 /// Refuses a merge that could not write all that it has to: it would be begun, and could not be finished.
 fn refuse_unwritable(target: &Layer, member: &Member, force: bool, chain: &ChainOptions) -> Result<()> {
     let options = OpenOptions { force: true, ..chain.image.clone() };
-    // With force the target's protection is lifted.
-    let file = if force { FileStorage::open(target.path(), false)? } else { FileStorage::rehearse(target.path())? };
+    // With force the target's protection is lifted; that it is another user's is not.
+    let lifted = force && is_protected(target.path());
+    let file = if lifted { FileStorage::open(target.path(), false)? } else { FileStorage::rehearse(target.path())? };
     if target.image().is_some() {
         Image::rehearse(&file, target.path(), &options)?;
     }
@@ -139,11 +181,24 @@ fn refuse_unwritable(target: &Layer, member: &Member, force: bool, chain: &Chain
     removed.into_iter().try_for_each(|path| refuse_unremovable(path))
 }
 
+/// True for a file that nobody may write, whoever asks.
+fn is_protected(path: &Path) -> bool {
+    is_read_only(path) || is_immutable(path)
+}
+
+fn is_read_only(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.permissions().readonly())
+}
+
+fn is_immutable(path: &Path) -> bool {
+    accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS) == Err(Errno::PERM)
+}
+
 /// Refuses an image that could not be removed at the end. One that was protected because it has children is immutable.
 fn refuse_unremovable(path: &Path) -> Result<()> {
     let failed = |error| Error::io(error, "can't be removed from its folder, as it would be once it is merged").at(path);
     may_change_names_beside(path).map_err(failed)?;
-    if accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS) == Err(Errno::PERM) {
+    if is_immutable(path) {
         let message = "is immutable, so it can't be removed once it is merged; `chattr -i` ends that";
         return Err(Error::new(ErrorKind::ReadOnly, message).at(path));
     }
@@ -259,8 +314,7 @@ fn refuse_unforced(layers: &[Layer], depth: usize, lost: &[PathBuf]) -> Result<(
             return Err(Error::new(ErrorKind::Refused, message).at(image.path()));
         }
     }
-    let protected = std::fs::metadata(target).is_ok_and(|metadata| metadata.permissions().readonly());
-    if protected {
+    if is_read_only(target) {
         let message = "is write-protected; --force writes to it all the same";
         return Err(Error::new(ErrorKind::Refused, message).at(target));
     }

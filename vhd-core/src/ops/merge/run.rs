@@ -23,12 +23,15 @@ use crate::storage::{FileStorage, LockMode, folder_of};
 pub fn execute(plan: &MergePlan, options: &MergeOptions, chain: &ChainOptions, progress: &Progress) -> Result<()> {
     progress.set_total(plan.data);
     let merge = Merge { members: vec![plan.member.clone()], ..Merge::default() };
-    let _writable = if options.force { Some(protection::Lifted::of(&plan.member.target)?) } else { None };
-    run_all(plan.resumed.clone().unwrap_or(merge), plan.is_resumed(), chain, progress)
+    run_all(plan.resumed.clone().unwrap_or(merge), plan.is_resumed(), options.force, chain, progress)
 }
 
-/// Does or finishes merges that are one. `begun` says that their record is durable already.
-pub(crate) fn run_all(mut merge: Merge, mut begun: bool, chain: &ChainOptions, progress: &Progress) -> Result<()> {
+/// Does or finishes merges that are one. `begun` says that their record is durable already; with `force` the targets' protection
+/// is lifted meanwhile.
+pub(crate) fn run_all(mut merge: Merge, mut begun: bool, force: bool, chain: &ChainOptions, progress: &Progress) -> Result<()> {
+    // That of all of them before the first is begun: where one can't be lifted nothing was changed.
+    let lifted = merge.members.iter().filter(|_| force).map(|member| protection::Lifted::of(&member.target));
+    let _writable: Vec<_> = lifted.collect::<Result<_>>()?;
     let Some(first) = merge.members.first().map(|member| member.target.clone()) else { return Ok(()) };
     if !merge.finishing {
         for member in &merge.members {
