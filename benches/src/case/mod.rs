@@ -35,7 +35,7 @@ impl Place {
         if self.long { 2.0 } else { 0.4 }
     }
 
-    /// Counted rounds of loads of single requests between processes: how the scheduler lets these meet differs from run to run
+    /// Counted rounds of loads of requests between processes: how the scheduler lets these meet differs from run to run
     /// by a tenth.
     pub fn many_rounds(&self) -> usize {
         many_rounds(self.rounds)
