@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use vhd_testkit::tools;
+
 use crate::support::{done, expect, json, names_in, noise, one_line, refused, text, vhd, vhd_fed};
 
 #[test]
@@ -192,6 +194,9 @@ fn a_merge_begins_only_where_all_that_it_changes_can_be_written() {
 
 #[test]
 fn a_merge_begins_only_where_what_it_removes_can_be_removed() {
+    if tools::require("chattr").is_none() {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();
     let chattr = |flag: &str, name: &str| {
