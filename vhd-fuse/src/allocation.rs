@@ -96,3 +96,71 @@ fn data_in(disk: &Disk, range: Range<u64>) -> vhd_core::Result<u64> {
     })?;
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{IoSlice, IoSliceMut};
+    use std::path::PathBuf;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use vhd_core::Result;
+    use vhd_core::block::{BlockDevice, Capabilities, Extent, ZeroMode};
+
+    use super::*;
+
+    /// A disk that counts how often it is asked what it holds.
+    struct Asked(Arc<AtomicU64>);
+
+    impl BlockDevice for Asked {
+        fn capabilities(&self) -> Capabilities {
+            Capabilities { size: WINDOW_MIN * 3, read_only: true, discard_granularity: 4096, layers: 1 }
+        }
+
+        fn read_vectored_at(&self, _bufs: &mut [IoSliceMut<'_>], _offset: u64) -> Result<()> {
+            Ok(())
+        }
+
+        fn write_vectored_at(&self, _bufs: &[IoSlice<'_>], _offset: u64) -> Result<()> {
+            Ok(())
+        }
+
+        fn flush(&self) -> Result<()> {
+            Ok(())
+        }
+
+        fn zero(&self, _range: Range<u64>, _mode: ZeroMode) -> Result<()> {
+            Ok(())
+        }
+
+        fn extents(&self, range: Range<u64>, visit: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            let range = range.start..range.start + 4096;
+            visit(Extent { range, state: ExtentState::Data, depth: 0, offset: Some(0) })
+        }
+
+        fn layer_path(&self, _depth: usize) -> Option<PathBuf> {
+            None
+        }
+
+        fn close(&self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_was_counted_is_counted_again_only_after_a_change() {
+        let asked = Arc::default();
+        let disk = Disk::new(Asked(Arc::clone(&asked)));
+        let allocation = Allocation::new(disk.size());
+        // One window is counted at least, whatever the time; the rest between looks is not what this is about.
+        let look = |changes| {
+            for _ in 0..3 {
+                allocation.counts.lock().unwrap().rest_until = None;
+                allocation.bytes(&disk, &(0..disk.size()), changes);
+            }
+            (allocation.bytes(&disk, &(0..disk.size()), changes), asked.load(Ordering::SeqCst))
+        };
+        assert_eq!([look(0), look(0), look(1), look(1)], [(3 * 4096, 3), (3 * 4096, 3), (3 * 4096, 6), (3 * 4096, 6)]);
+    }
+}
