@@ -39,9 +39,9 @@ fn hot_functions_cost_no_more_instructions_than_they_did() {
     }
     // Of a build as tests have it (`opt-level = 1`).
     let bounds = [
-        ("read", 1000, 900),
+        ("read", 1000, 660),
         ("read-through-layers", 1000, 1_950),
-        ("overwrite", 1000, 960),
+        ("overwrite", 1000, 690),
         ("allocate", 100, 6_800),
         ("layout", 1000, 160),
         ("zero-detection", 20, 130_000),

@@ -104,12 +104,14 @@ struct Inner {
 impl Error {
     /// An error of `kind` with a message of one line.
     #[must_use]
+    #[cold]
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Inner { kind, path: None, message: message.into(), source: None }))
     }
 
     /// A failure of the host, `doing` what: "can't read 512 bytes at offset 0".
     #[must_use]
+    #[cold]
     pub fn io(source: io::Error, doing: impl Into<String>) -> Self {
         use io::ErrorKind as Io;
         let kind = match source.kind() {

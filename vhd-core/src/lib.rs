@@ -19,6 +19,7 @@ pub mod live;
 pub mod ops;
 pub mod partition;
 pub mod progress;
+pub mod sharded;
 pub mod storage;
 
 pub use block::Disk;

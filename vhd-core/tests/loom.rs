@@ -19,6 +19,29 @@ mod grace;
 use flushes::Flushes;
 use grace::Grace;
 
+/// As the core's, with as few parts as can differ. The thread that makes the others has the first.
+#[derive(Debug, Default)]
+struct Sharded<T>([T; 2]);
+
+loom::thread_local! {
+    static PART: std::cell::Cell<usize> = std::cell::Cell::new(0);
+}
+
+impl<T> Sharded<T> {
+    fn mine(&self) -> &T {
+        &self.0[PART.with(std::cell::Cell::get)]
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &T> {
+        self.0.iter()
+    }
+}
+
+/// To loom accesses that are `SeqCst` are no more than acquire and release; only fences are what they are.
+fn loom_fence() {
+    fence(Ordering::SeqCst);
+}
+
 /// A slot that a block's entry leads to, until it is freed and used again.
 struct Slot {
     grace: Grace,
@@ -31,8 +54,9 @@ impl Slot {
         Arc::new(Self { grace: Grace::default(), linked: AtomicBool::new(true), reused: AtomicBool::new(false) })
     }
 
-    /// A request: looks the block up, then uses its slot.
-    fn read(&self) {
+    /// A request of a thread that has this part: looks the block up, then uses its slot.
+    fn read(&self, part: usize) {
+        PART.with(|mine| mine.set(part));
         let guard = self.grace.enter();
         if self.linked.load(Ordering::Acquire) {
             assert!(!self.reused.load(Ordering::Acquire), "the slot was given to another block");
@@ -52,15 +76,17 @@ impl Slot {
 
 #[test]
 fn a_slot_is_not_reused_under_a_reader() {
-    loom::model(|| {
-        let slot = Slot::new();
-        let reader = {
-            let slot = Arc::clone(&slot);
-            thread::spawn(move || slot.read())
-        };
-        slot.free();
-        reader.join().expect("reader");
-    });
+    for part in 0..2 {
+        loom::model(move || {
+            let slot = Slot::new();
+            let reader = {
+                let slot = Arc::clone(&slot);
+                thread::spawn(move || slot.read(part))
+            };
+            slot.free();
+            reader.join().expect("reader");
+        });
+    }
 }
 
 #[test]
@@ -70,9 +96,9 @@ fn nor_under_one_of_two() {
     model.preemption_bound = Some(2);
     model.check(|| {
         let slot = Slot::new();
-        let readers = [(), ()].map(|()| {
+        let readers = [0, 1].map(|part| {
             let slot = Arc::clone(&slot);
-            thread::spawn(move || slot.read())
+            thread::spawn(move || slot.read(part))
         });
         slot.free();
         for reader in readers {
@@ -103,7 +129,7 @@ fn it_passes_once_all_have_ended_and_an_endless_stream_does_not_starve_it() {
 /// An image that is written and flushed, as `commit.rs` does it.
 struct Flushed {
     flushes: Flushes<u64>,
-    completed: AtomicU64,
+    completed: Sharded<AtomicU64>,
     durable: AtomicU64,
     /// Syncs that began.
     syncs: AtomicU64,
@@ -120,8 +146,13 @@ impl Flushed {
 
     /// Writes something. (Adding nothing is how to see the newest value: to loom a load may be older, whatever its order.)
     fn write(&self) -> Written {
-        let target = self.completed.fetch_add(1, Ordering::SeqCst) + 1;
-        Written { target, syncs: self.syncs.fetch_add(0, Ordering::SeqCst) }
+        self.completed.mine().fetch_add(1, Ordering::SeqCst);
+        Written { target: self.completed(), syncs: self.syncs.fetch_add(0, Ordering::SeqCst) }
+    }
+
+    /// Added up part by part, while others add to them.
+    fn completed(&self) -> u64 {
+        self.completed.iter().map(|part| part.fetch_add(0, Ordering::SeqCst)).sum()
     }
 
     /// Makes it durable, or says which sync failed. `arrive` is called when it is known that this wants a flush, `wait` is
@@ -134,7 +165,7 @@ impl Flushed {
         };
         let flushed = self.flushes.flush(look, || {
             let sync = self.syncs.fetch_add(1, Ordering::SeqCst) + 1;
-            let completed = self.completed.fetch_add(0, Ordering::SeqCst);
+            let completed = self.completed();
             assert!(!self.syncing.swap(true, Ordering::SeqCst), "one at a time");
             wait(sync);
             self.syncing.store(false, Ordering::SeqCst);
@@ -186,6 +217,7 @@ fn a_flush_waits_for_the_one_under_way_and_the_next_and_for_none_that_others_wan
         let modest = {
             let (image, answered, begun) = (Arc::clone(&image), Arc::clone(&answered), Arc::clone(&begun));
             thread::spawn(move || {
+                PART.with(|mine| mine.set(1));
                 let written = image.write();
                 begun.store(written.syncs, Ordering::SeqCst);
                 image.flush(&written, || (), |_| ()).unwrap();
@@ -223,7 +255,10 @@ fn those_who_wait_share_the_next_flush_and_its_failure() {
             };
             let others = [1, 2].map(|who| {
                 let (image, arrived) = (Arc::clone(&image), Arc::clone(&arrived));
-                thread::spawn(move || write(&image, &arrived, who))
+                thread::spawn(move || {
+                    PART.with(|mine| mine.set(who % 2));
+                    write(&image, &arrived, who)
+                })
             });
             let mut all = vec![write(&image, &arrived, 0)];
             all.extend(others.map(|other| other.join().unwrap()));

@@ -172,9 +172,9 @@ struct Counted {
 
 impl Counted {
     fn time<T>(&self, kind: Kind, bytes: u64, request: impl FnOnce() -> Result<T>) -> Result<T> {
-        let began = Instant::now();
+        let began = self.watched.begin(kind);
         let result = request();
-        self.watched.count(kind, bytes, began.elapsed(), result.is_ok());
+        self.watched.count(kind, bytes, began, result.is_ok());
         result
     }
 }
@@ -192,11 +192,11 @@ impl BlockDevice for Counted {
 
     fn find_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64, wait: bool) -> Result<Found> {
         let bytes = bufs.iter().map(|buf| buf.len() as u64).sum();
-        let began = Instant::now();
+        let began = self.watched.begin(Kind::Read);
         let result = self.disk.find_vectored_at(bufs, offset, wait);
         // What was put off comes again.
         if !matches!(result, Ok(Found::NotNow)) {
-            self.watched.count(Kind::Read, bytes, began.elapsed(), result.is_ok());
+            self.watched.count(Kind::Read, bytes, began, result.is_ok());
         }
         result
     }

@@ -57,12 +57,19 @@ fn what_a_disk_was_asked_for_is_told() {
         "vhd_moved_bytes_total{disk=\"disk\",kind=\"zero\"} 512",
         "vhd_errors_total{disk=\"disk\",kind=\"read\"} 1",
         "vhd_requests_total{disk=\"disk\",kind=\"flush\"} 1",
-        "vhd_latency_seconds_count{disk=\"disk\",kind=\"read\"} 2",
+        "vhd_latency_seconds_count{disk=\"disk\",kind=\"read\"} 1",
         "vhd_size_bytes{disk=\"disk\"} 8388608",
         "# EOF",
     ] {
         assert!(text.lines().any(|found| found == line), "{line} is not in:\n{text}");
     }
+    // The first is timed, and one in eight of those that follow.
+    (0..8000).for_each(|_| counted.read_at(&mut read, 512).unwrap());
+    let text = get(at, "GET /metrics HTTP/1.1\r\n\r\n");
+    let value = |line: &str| -> u64 { text.lines().find_map(|found| found.strip_prefix(line)).unwrap().trim().parse().unwrap() };
+    assert_eq!(value("vhd_requests_total{disk=\"disk\",kind=\"read\"}"), 8002);
+    let timed = value("vhd_latency_seconds_count{disk=\"disk\",kind=\"read\"}");
+    assert!((900..1100).contains(&timed), "{timed}");
     assert!(text.contains("vhd_allocated_bytes{disk=\"disk\"} ") && text.contains("vhd_volume_free_bytes{disk=\"disk\"} "));
     assert!(get(at, "GET /else HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 404"));
     metrics.forget("disk");

@@ -34,7 +34,7 @@ impl Served {
         let before = self.server.cpu()?;
         let output = Command::new("fio")
             .args(["--name=j", "--direct=1", "--time_based", "--output-format=json", "--randrepeat=0"])
-            .arg("--norandommap")
+            .args(["--norandommap", "--clocksource=clock_gettime"])
             .arg(format!("--runtime={}ms", (seconds * 1e3) as u64))
             .arg(format!("--filename={}", self.file.display()))
             .args(arguments)
@@ -143,7 +143,7 @@ pub fn fuse(place: &Place) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for (load, arguments) in LOADS {
         let able = servers.iter().filter(|served| served.is_writable || !load.contains("write"));
-        let subject = |served| subject(served, move || served.fio(arguments, place.seconds()));
+        let subject = |served| subject(served, move || served.fio(arguments, place.short_seconds()));
         let mut subjects: Vec<_> =
             able.map(subject).enumerate().map(|(n, one)| if n == 1 { one.with_target(0.95) } else { one }).collect();
         rows.extend(alternate(&format!("FUSE {load}"), Unit::PerSecond, place.many_rounds(), &mut subjects)?);

@@ -35,8 +35,13 @@ impl Place {
         if self.long { 2.0 } else { 0.4 }
     }
 
-    /// Counted rounds of loads of requests between processes: how the scheduler lets these meet differs from run to run
-    /// by a tenth.
+    /// The same for loads of requests between processes: how the scheduler lets these meet differs from run to run by a tenth,
+    /// however long they are.
+    pub fn short_seconds(&self) -> f64 {
+        if self.long { 2.0 } else { 0.2 }
+    }
+
+    /// Counted rounds of these.
     pub fn many_rounds(&self) -> usize {
         many_rounds(self.rounds)
     }
@@ -44,7 +49,7 @@ impl Place {
 
 /// [`Place::many_rounds`], where other cases have this many.
 pub fn many_rounds(rounds: usize) -> usize {
-    (rounds * 2).saturating_sub(1)
+    rounds * 3 + 2
 }
 
 type Case = fn(&Place) -> Result<Vec<Row>>;

@@ -31,7 +31,13 @@ impl Served {
         let before = self.server.cpu()?;
         let output = Command::new("fio")
             .args(["--name=j", "--ioengine=nbd", "--thread", "--time_based", "--group_reporting"])
-            .args(["--randrepeat=0", "--norandommap", "--output-format=json", &format!("--size={size}")])
+            .args([
+                "--randrepeat=0",
+                "--norandommap",
+                "--clocksource=clock_gettime",
+                "--output-format=json",
+                &format!("--size={size}"),
+            ])
             .arg(format!("--runtime={}ms", (seconds * 1e3) as u64))
             .arg(format!("--uri={}", self.uri))
             .args(arguments)
@@ -96,7 +102,7 @@ pub fn nbd(place: &Place) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for (load, arguments, target) in LOADS {
         let cpu = load.starts_with("random").then_some(Goal::Cpu(0.75));
-        let run = |served: &Served| served.fio(arguments, mib << 20, place.seconds());
+        let run = |served: &Served| served.fio(arguments, mib << 20, place.short_seconds());
         let mut subjects = subjects(&servers, &run, target, cpu);
         rows.extend(alternate(&format!("NBD {load}"), Unit::PerSecond, place.many_rounds(), &mut subjects)?);
     }

@@ -117,10 +117,10 @@ impl Layer {
         Ok(if is_there { Found::Data } else { Found::NotNow })
     }
 
-    fn known_place(&self, range: &Range<u64>) -> Result<Option<u64>> {
+    fn known_place(&self, range: &Range<u64>) -> Option<u64> {
         match self {
             Self::Image(image) => image.known_place(range),
-            Self::Raw(raw) => Ok((range.end <= raw.len()).then_some(range.start)),
+            Self::Raw(raw) => (range.end <= raw.len()).then_some(range.start),
         }
     }
 
@@ -203,7 +203,7 @@ impl Chain {
         // Layers above others are seldom full, and of those that nobody writes more is remembered.
         if let ([buf], Some(base)) = (&mut *bufs, self.layers.get(depth).filter(|_| depth + 1 == self.layers.len()))
             && !range.is_empty()
-            && let Some(place) = base.known_place(&range)?
+            && let Some(place) = base.known_place(&range)
         {
             return base.find(&mut [IoSliceMut::new(buf)], place, wait);
         }
@@ -255,11 +255,14 @@ impl Chain {
         let size = self.layers.get(depth).map_or(0, Layer::size);
         match offset.checked_add(len) {
             Some(end) if end <= size => Ok(offset..end),
-            _ => {
-                let message = format!("{len} bytes at {offset} are not inside the disk of {size} bytes");
-                Err(Error::new(ErrorKind::OutOfRange, message).at(self.leaf().path()))
-            }
+            _ => Err(self.out_of_range(offset, len, size)),
         }
+    }
+
+    #[cold]
+    fn out_of_range(&self, offset: u64, len: u64, size: u64) -> Error {
+        let message = format!("{len} bytes at {offset} are not inside the disk of {size} bytes");
+        Error::new(ErrorKind::OutOfRange, message).at(self.leaf().path())
     }
 }
 

@@ -83,6 +83,12 @@ impl Bat {
         Ok(entries(&bytes).map(|sector| AtomicU64::new(u64::from(sector))).collect())
     }
 
+    /// What the table says of a block, where that piece of it was loaded already.
+    pub(super) fn known(&self, block: u32) -> Option<Entry> {
+        let page = self.pages.get(block as usize / PAGE_ENTRIES)?.get()?;
+        page.get(block as usize % PAGE_ENTRIES).map(|entry| Entry(entry.load(Ordering::Acquire)))
+    }
+
     /// What the table says of a block.
     pub(super) fn get(&self, storage: &dyn Storage, block: u32) -> io::Result<Entry> {
         Ok(Entry(self.slot(storage, block)?.load(Ordering::Acquire)))

@@ -110,7 +110,7 @@ impl Image {
             return Ok(());
         }
         self.check_latch()?;
-        let target = self.completed.load(Ordering::SeqCst);
+        let target = self.completed.get();
         let covered = || self.durable.load(Ordering::SeqCst) >= target;
         if covered() {
             return Ok(());
@@ -121,7 +121,7 @@ impl Image {
     /// A flush, of whoever has the turn.
     fn flush_alone(&self) -> Result<()> {
         self.check_latch()?;
-        let completed = self.completed.load(Ordering::SeqCst);
+        let completed = self.completed.get();
         let work = match &self.sparse {
             None => None,
             Some(sparse) => self.take_work(sparse)?.map(|work| (sparse, work)),

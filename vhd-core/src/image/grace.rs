@@ -6,13 +6,13 @@
 //!
 //! `tests/loom.rs` builds this file again with loom's atomics and tries every interleaving.
 
-use super::{AtomicU64, Ordering, fence};
+use super::{AtomicU64, Ordering, Sharded, loom_fence};
 
 /// Counts requests under way in two alternating generations.
 #[derive(Debug, Default)]
 pub(super) struct Grace {
     generation: AtomicU64,
-    under_way: [AtomicU64; 2],
+    under_way: Sharded<[AtomicU64; 2]>,
 }
 
 /// A request that is under way until this is dropped.
@@ -28,15 +28,16 @@ impl Drop for Guard<'_> {
 impl Grace {
     /// Counts a request in.
     pub(super) fn enter(&self) -> Guard<'_> {
+        let counters = self.under_way.mine();
         loop {
             let generation = self.generation.load(Ordering::Acquire);
-            let counter = &self.under_way[usize::from(generation % 2 == 1)];
-            counter.fetch_add(1, Ordering::AcqRel);
+            let counter = &counters[usize::from(generation % 2 == 1)];
+            counter.fetch_add(1, Ordering::SeqCst);
             let guard = Guard(counter);
             // Either we see that the generation ended, or whoever ended it sees our count.
-            fence(Ordering::SeqCst);
+            loom_fence();
             // If it ended in between, nobody may rely on this count: take the new one.
-            if self.generation.load(Ordering::Acquire) == generation {
+            if self.generation.load(Ordering::SeqCst) == generation {
                 return guard;
             }
         }
@@ -55,14 +56,15 @@ impl Grace {
             if generation >= ticket + 2 {
                 return true;
             }
-            // The generation before this one must be drained before its counter is used again. So once the
-            // generation is two further than the ticket, all that were counted up to the ticket have ended.
-            fence(Ordering::SeqCst);
-            let previous = &self.under_way[usize::from(generation % 2 == 0)];
-            if previous.load(Ordering::Acquire) != 0 {
+            // The generation before this one must be drained before its counters are used again. So once the
+            // generation is two further than the ticket, all that were counted up to the ticket have ended. They are looked
+            // at one by one: who is found to have gone from one does not come back, but under the new generation.
+            loom_fence();
+            let previous = usize::from(generation % 2 == 0);
+            if self.under_way.iter().any(|counters| counters[previous].load(Ordering::SeqCst) != 0) {
                 return false;
             }
-            self.generation.store(generation + 1, Ordering::Release);
+            self.generation.store(generation + 1, Ordering::SeqCst);
         }
         self.generation.load(Ordering::Acquire) >= ticket + 2
     }

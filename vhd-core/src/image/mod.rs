@@ -31,7 +31,7 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 pub(crate) use blocks::Blocks;
@@ -50,7 +50,11 @@ use self::grace::Grace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Batmap, DynamicHeader, Footer};
 use crate::layout::Layout;
+use crate::sharded::{Sharded, ShardedCount};
 use crate::storage::Storage;
+
+/// Where loom needs a fence: it takes accesses that are `SeqCst` for weaker than they are.
+fn loom_fence() {}
 
 /// Stripes of block locks. Two blocks that share one wait for each other only while one of them is allocated.
 const STRIPES: usize = 64;
@@ -117,7 +121,7 @@ pub struct Image {
     /// The turn of the one flush that is under way.
     flushes: Flushes<Error>,
     /// Counts writes that were completed.
-    completed: AtomicU64,
+    completed: ShardedCount,
     /// The count of completed writes that is known to be durable.
     durable: AtomicU64,
     /// The first failure after which no write is taken.
@@ -201,11 +205,13 @@ impl Image {
     }
 
     fn check_range(&self, range: &Range<u64>) -> Result<()> {
-        if range.start > range.end || range.end > self.size {
-            let message = format!("bytes {} to {} are not inside the disk of {} bytes", range.start, range.end, self.size);
-            return Err(Error::new(ErrorKind::OutOfRange, message).at(&self.path));
-        }
-        Ok(())
+        if range.start > range.end || range.end > self.size { Err(self.out_of_range(range)) } else { Ok(()) }
+    }
+
+    #[cold]
+    fn out_of_range(&self, range: &Range<u64>) -> Error {
+        let message = format!("bytes {} to {} are not inside the disk of {} bytes", range.start, range.end, self.size);
+        Error::new(ErrorKind::OutOfRange, message).at(&self.path)
     }
 
     fn check_latch(&self) -> Result<()> {
@@ -221,6 +227,7 @@ impl Image {
 
     /// Tells a failed write or sync. Lack of space harms nothing; after anything else nobody knows what the medium
     /// holds, so the image is latched.
+    #[cold]
     fn write_error(&self, error: io::Error, doing: impl FnOnce() -> String) -> Error {
         let mut error = Error::io(error, doing()).at(&self.path);
         // A file size limit is lack of space to the one who writes.
@@ -233,6 +240,7 @@ impl Image {
         error
     }
 
+    #[cold]
     pub(crate) fn read_error(&self, error: io::Error, offset: u64) -> Error {
         if error.kind() == io::ErrorKind::UnexpectedEof {
             let len = self.file_len.load(Ordering::Relaxed);
@@ -251,7 +259,7 @@ impl Image {
 
     /// Counts a completed write, so that the next flush knows of it.
     fn note_completed(&self) {
-        self.completed.fetch_add(1, Ordering::SeqCst);
+        self.completed.add_one();
     }
 }
 

@@ -19,6 +19,7 @@ use crate::format::{
     MAX_DISK_SIZE, SECTOR,
 };
 use crate::layout::Layout;
+use crate::sharded::ShardedCount;
 use crate::storage::Storage;
 
 /// Which of the two sizes in a footer is the disk's.
@@ -131,7 +132,7 @@ fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result
         sparse,
         meta: Mutex::new(meta),
         flushes: Flushes::new(),
-        completed: AtomicU64::new(0),
+        completed: ShardedCount::default(),
         durable: AtomicU64::new(0),
         latch: OnceLock::new(),
         background: OnceLock::new(),

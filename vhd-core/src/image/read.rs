@@ -49,16 +49,12 @@ impl Image {
     /// Where in the file a range is, where that is one place and known: all that there is to find for most requests to a disk
     /// that is full of data. What is not known so may be in one piece all the same.
     ///
-    /// The offset holds as those of [`Self::map`] do.
-    pub(crate) fn known_place(&self, range: &Range<u64>) -> Result<Option<u64>> {
-        self.check_range(range)?;
-        let Some(sparse) = &self.sparse else { return Ok(Some(range.start)) };
-        let Some(part) = sparse.layout.parts(range.clone()).next().filter(|part| part.len == range.end - range.start) else {
-            return Ok(None);
-        };
-        let entry = sparse.entry(self, part.block)?;
-        let sector = entry.sector().filter(|_| entry.is_full());
-        Ok(sector.map(|sector| sparse.layout.data_offset(sector) + part.within))
+    /// The range is inside the disk. The offset holds as those of [`Self::map`] do.
+    pub(crate) fn known_place(&self, range: &Range<u64>) -> Option<u64> {
+        let Some(sparse) = &self.sparse else { return Some(range.start) };
+        let part = sparse.layout.parts(range.clone()).next().filter(|part| part.len == range.end - range.start)?;
+        let entry = sparse.bat.known(part.block).filter(|entry| entry.is_full())?;
+        Some(sparse.layout.data_offset(entry.sector()?) + part.within)
     }
 
     /// Keeps the space of all blocks that are allocated now from being given to others.

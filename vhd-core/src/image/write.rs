@@ -30,7 +30,7 @@ impl Image {
             return Ok(());
         }
         let _held = self.hold();
-        if let Some(place) = self.known_place(&range)? {
+        if let Some(place) = self.known_place(&range) {
             self.write_file(bufs, place)?;
         } else if let Some(sparse) = &self.sparse {
             let mut bufs = WriteBuffers::new(bufs);
@@ -44,9 +44,10 @@ impl Image {
     }
 
     fn write_file(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {
-        self.storage
-            .write_vectored_at(bufs, offset)
-            .map_err(|error| self.write_error(error, || format!("can't be written at {offset:#x}")))
+        match self.storage.write_vectored_at(bufs, offset) {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.write_error(error, || format!("can't be written at {offset:#x}"))),
+        }
     }
 }
 

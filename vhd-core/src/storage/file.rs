@@ -179,9 +179,9 @@ impl FileStorage {
 
     /// Tells the kernel to begin with the bytes that were just written, where they are to go early. (Its name speaks of dropping
     /// them from the page cache. What is still under way to the medium stays there, and the start is all that is wanted.)
-    fn begin(&self, offset: u64, len: usize) {
+    fn begin(&self, offset: u64, bufs: &[IoSlice<'_>]) {
         if self.early.load(Ordering::Relaxed)
-            && let Some(len) = NonZeroU64::new(len as u64).filter(|len| len.get() >= EARLY_MIN)
+            && let Some(len) = NonZeroU64::new(bufs.iter().map(|buf| buf.len() as u64).sum()).filter(|len| len.get() >= EARLY_MIN)
         {
             // A hint: who does not take it writes later.
             let _ = rustix::fs::fadvise(&self.file, offset, Some(len), Advice::DontNeed);
@@ -237,6 +237,15 @@ fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
     }
 }
 
+/// Most requests are of one piece, and a call that need not look for others does all of it. What it did not do, or a signal
+/// interrupted, is done from the start.
+fn is_done(result: nix::Result<usize>, len: usize) -> io::Result<bool> {
+    match result {
+        Err(Errno::EINTR) => Ok(false),
+        result => Ok(result? == len),
+    }
+}
+
 /// Calls `read` until all of `bufs` is filled, however little each call brings and whatever interrupts it.
 fn read_fully(
     mut bufs: &mut [IoSliceMut<'_>],
@@ -263,20 +272,10 @@ fn write_fully(
     mut offset: u64,
     mut write: impl FnMut(&[IoSlice<'_>], i64) -> nix::Result<usize>,
 ) -> io::Result<()> {
-    let len: usize = bufs.iter().map(|buf| buf.len()).sum();
-    if len == 0 {
-        return Ok(());
-    }
-    let at = to_off(offset)?;
-    let count = retry(|| write(&bufs[..bufs.len().min(MAX_PIECES)], at))?;
-    if count == len {
-        return Ok(());
-    }
-    // Seldom: what is left is cut out of a copy.
+    // What is written is cut off a copy.
     let mut copy: smallvec::SmallVec<[IoSlice<'_>; 8]> = bufs.iter().map(|buf| IoSlice::new(buf)).collect();
     let mut bufs = &mut copy[..];
-    IoSlice::advance_slices(&mut bufs, count);
-    offset += count as u64;
+    IoSlice::advance_slices(&mut bufs, 0);
     while !bufs.is_empty() {
         let pieces = bufs.len().min(MAX_PIECES);
         let at = to_off(offset)?;
@@ -292,11 +291,13 @@ fn write_fully(
 
 impl Storage for FileStorage {
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<()> {
-        read_fully(bufs, offset, |bufs, offset| match bufs {
-            // The kernel has less to look at then.
-            [buf] => pread(self.file_for(&[&**buf], offset), buf, offset),
-            bufs => preadv(self.file_for(bufs, offset), bufs, offset),
-        })
+        if let [buf] = bufs {
+            let at = to_off(offset)?;
+            if is_done(pread(self.file_for(&[&**buf], at), buf, at), buf.len())? {
+                return Ok(());
+            }
+        }
+        read_fully(bufs, offset, |bufs, offset| preadv(self.file_for(bufs, offset), bufs, offset))
     }
 
     fn read_if_cached(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<bool> {
@@ -323,11 +324,15 @@ impl Storage for FileStorage {
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
-        write_fully(bufs, offset, |bufs, offset| match bufs {
-            [buf] => pwrite(self.file_for(&[&**buf], offset), buf, offset),
-            bufs => pwritev(self.file_for(bufs, offset), bufs, offset),
-        })?;
-        self.begin(offset, bufs.iter().map(|buf| buf.len()).sum());
+        let at = to_off(offset)?;
+        let is_done = match bufs {
+            [buf] => is_done(pwrite(self.file_for(&[&**buf], at), buf, at), buf.len())?,
+            _ => false,
+        };
+        if !is_done {
+            write_fully(bufs, offset, |bufs, offset| pwritev(self.file_for(bufs, offset), bufs, offset))?;
+        }
+        self.begin(offset, bufs);
         Ok(())
     }
 
