@@ -107,7 +107,7 @@ pub fn nbd(place: &Place) -> Result<Vec<Row>> {
         rows.extend(alternate(&format!("NBD {load}"), Unit::PerSecond, place.many_rounds(), &mut subjects)?);
     }
     let mut subjects = subjects(&servers, &Served::copy, 1.0 / 1.2, None);
-    rows.extend(alternate("NBD, nbdcopy to null", Unit::Seconds, place.rounds, &mut subjects)?);
+    rows.extend(alternate("NBD, nbdcopy to null", Unit::Seconds, place.many_rounds(), &mut subjects)?);
     Ok(rows)
 }
 
