@@ -26,7 +26,7 @@ struct Options {
     /// Only cases whose group begins like this; may be given more than once
     #[arg(long)]
     only: Vec<String>,
-    /// Counted rounds of each case; loads through NBD and FUSE have nearly twice as many
+    /// Counted rounds of each case; loads through NBD and FUSE have three times as many and two
     #[arg(long)]
     rounds: Option<usize>,
     /// A folder in memory
