@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_has_one_part_and_those_before_they_share_have_their_own() {
+    fn a_thread_has_one_part_and_many_have_several_between_them() {
         let counts = Sharded::<AtomicU64>::default();
         std::thread::scope(|scope| {
             for _ in 0..PARTS {

@@ -456,6 +456,12 @@ mod tests {
     }
 
     #[test]
+    fn a_call_that_did_not_do_all_is_not_done_and_its_failure_is_told() {
+        assert!(is_done(Ok(3), 3).unwrap() && !is_done(Ok(2), 3).unwrap() && !is_done(Err(Errno::EINTR), 3).unwrap());
+        assert_eq!(is_done(Err(Errno::EIO), 3).unwrap_err().raw_os_error(), Some(Errno::EIO as i32));
+    }
+
+    #[test]
     fn an_end_that_comes_early_is_told() {
         let mut buf = [0; 3];
         let error = read_fully(&mut [IoSliceMut::new(&mut buf)], 0, |_, _| Ok(0)).unwrap_err();
