@@ -16,6 +16,7 @@ use rustix::fs::{Access, Advice, AtFlags, CWD, accessat, fstatfs};
 use rustix::io::{ReadWriteFlags, preadv2};
 
 use super::direct::Direct;
+use super::found::FoundData;
 use super::{LockMode, Storage, lock, write_zeros};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -59,6 +60,7 @@ pub struct FileStorage {
     /// Reads can't be asked not to wait.
     always_waits: AtomicBool,
     file_system: FileSystem,
+    found: FoundData,
 }
 
 impl FileStorage {
@@ -126,6 +128,7 @@ impl FileStorage {
             early: AtomicBool::new(false),
             always_waits: AtomicBool::new(false),
             file_system,
+            found: FoundData::default(),
         })
     }
 
@@ -185,6 +188,16 @@ impl FileStorage {
         {
             // A hint: who does not take it writes later.
             let _ = rustix::fs::fadvise(&self.file, offset, Some(len), Advice::DontNeed);
+        }
+    }
+
+    /// Makes a range zero in a way that the host may know, or else by writing.
+    fn make_zero(&self, flag: FallocateFlags, range: Range<u64>) -> io::Result<()> {
+        let done = self.fallocate(flag | FallocateFlags::FALLOC_FL_KEEP_SIZE, &range);
+        self.found.forget();
+        match done {
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => write_zeros(self, range),
+            done => Ok(done?),
         }
     }
 
@@ -349,7 +362,9 @@ impl Storage for FileStorage {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.file.set_len(len)
+        let done = self.file.set_len(len);
+        self.found.forget();
+        done
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -357,18 +372,11 @@ impl Storage for FileStorage {
     }
 
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match self.fallocate(flags, &range) {
-            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => write_zeros(self, range),
-            result => Ok(result?),
-        }
+        self.make_zero(FallocateFlags::FALLOC_FL_PUNCH_HOLE, range)
     }
 
     fn zero_range(&self, range: Range<u64>) -> io::Result<()> {
-        match self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE, &range) {
-            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV) => write_zeros(self, range),
-            result => Ok(result?),
-        }
+        self.make_zero(FallocateFlags::FALLOC_FL_ZERO_RANGE, range)
     }
 
     fn zeroes_fast(&self, keep: bool) -> bool {
@@ -399,7 +407,7 @@ impl Storage for FileStorage {
             return rest();
         }
         let seek = |from: u64, whence| retry(|| lseek(&self.file, to_off(from)?, whence));
-        match seek(offset, Whence::SeekData) {
+        self.found.or_find(offset, || match seek(offset, Whence::SeekData) {
             Err(Errno::ENXIO) => Ok(None),
             Err(Errno::EINVAL | Errno::EOPNOTSUPP) => rest(),
             Err(error) => Err(error.into()),
@@ -408,7 +416,7 @@ impl Storage for FileStorage {
                 let end = u64::try_from(seek(start, Whence::SeekHole)?).unwrap_or(start);
                 Ok(Some(start..end))
             }
-        }
+        })
     }
 
     fn can_grow(&self) -> bool {
@@ -468,6 +476,38 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         let error = write_fully(&[IoSlice::new(&buf)], 0, |_, _| Ok(0)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::WriteZero);
+    }
+
+    #[test]
+    fn the_end_of_data_is_looked_for_once_and_again_when_a_hole_came() {
+        const MIB: u64 = 1 << 20;
+        type Hole = fn(&FileStorage, Range<u64>) -> io::Result<()>;
+        let holes: [Hole; 3] = [
+            |storage, range| storage.punch_hole(range),
+            |storage, range| {
+                // Where the host has no such call, the zeros that are written are no hole.
+                storage.zero_range(range.clone())?;
+                if storage.zeroes_fast(true) { Ok(()) } else { storage.punch_hole(range) }
+            },
+            |storage, range| {
+                storage.set_len(range.start)?;
+                storage.set_len(4 * MIB)
+            },
+        ];
+        for hole in holes {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let storage = FileStorage::open(file.path(), true).unwrap();
+            storage.write_at(&vec![7; 4 << 20], 0).unwrap();
+            storage.sync().unwrap();
+            assert_eq!(storage.next_data(0).unwrap(), Some(0..4 * MIB));
+            let other = FileStorage::open(file.path(), true).unwrap();
+            hole(&other, MIB..2 * MIB).unwrap();
+            assert_eq!(storage.next_data(MIB).unwrap(), Some(MIB..4 * MIB), "what it found itself is not looked for again");
+            assert_eq!(other.next_data(0).unwrap(), Some(0..MIB));
+            hole(&storage, MIB..2 * MIB).unwrap();
+            assert_eq!(storage.next_data(0).unwrap(), Some(0..MIB));
+            assert_ne!(storage.next_data(MIB).unwrap().map(|range| range.start), Some(MIB));
+        }
     }
 
     #[test]

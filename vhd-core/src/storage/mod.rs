@@ -4,6 +4,7 @@ mod aligned;
 mod buffers;
 mod direct;
 mod file;
+mod found;
 mod host;
 mod lock;
 mod memory;

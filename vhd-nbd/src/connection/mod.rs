@@ -302,7 +302,7 @@ impl<R: AsyncRead + Unpin> Connection<R> {
     async fn read(&mut self, request: &Request, one_chunk: bool, ticket: Ticket) {
         let len = usize::try_from(request.len).unwrap_or(usize::MAX);
         // What the client does not take yet need not be read yet: it would only be pushed out of the processor's cache.
-        if len > PIECE || self.work.outbox.is_full() && len > 0 {
+        if len > PIECE || len > 0 && self.work.outbox.is_full(len) {
             let (work, request, pool) = (Arc::clone(&self.work), *request, Arc::clone(&self.pool));
             tokio::spawn(async move { work.read_later(request, one_chunk, pool, ticket).await });
         } else {

@@ -20,7 +20,7 @@ use crate::limits::Ticket;
 
 /// Replies that go out with one call.
 const AT_ONCE: usize = 64;
-/// Bytes that wait before a long reply waits with its next piece.
+/// Bytes that may wait. A piece that would be more is read when there is room: so it is sent out of the processor's cache.
 const ENOUGH: usize = 256 << 10;
 
 /// Data of a reply.
@@ -169,23 +169,23 @@ impl Outbox {
         Stream(self)
     }
 
-    /// Waits until little waits.
-    pub async fn has_room(&self) {
+    /// Waits until there is room for `len` more bytes.
+    pub async fn has_room(&self, len: usize) {
         loop {
             let mut moved = pin!(self.moved.notified());
             // From here on it misses nothing.
             moved.as_mut().enable();
-            if !self.is_full() {
+            if !self.is_full(len) {
                 return;
             }
             moved.await;
         }
     }
 
-    /// True when so much waits that more should wait elsewhere.
-    pub fn is_full(&self) -> bool {
+    /// True when so much waits that `len` more bytes should wait elsewhere. Alone they never do, however many.
+    pub fn is_full(&self, len: usize) -> bool {
         let state = self.lock();
-        !state.failed && state.bytes >= ENOUGH
+        !state.failed && state.bytes > 0 && state.bytes.saturating_add(len) > ENOUGH
     }
 
     /// The writing task ends when all is sent.
@@ -292,7 +292,7 @@ fn write_some(state: &mut State, direct: &Socket) -> io::Result<usize> {
 impl Stream<'_> {
     /// Sends a piece when there is room for it. False when the client takes nothing any more.
     pub async fn send(&self, segment: Segment) -> bool {
-        self.0.has_room().await;
+        self.0.has_room(segment.len()).await;
         let mut state = self.0.lock();
         self.0.enqueue(&mut state, std::iter::once(segment));
         !state.failed
@@ -307,5 +307,29 @@ impl Drop for Stream<'_> {
         if state.finished {
             self.0.wake.notify_one();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::Clients;
+    use crate::peer::Peer;
+
+    fn segment(len: usize) -> Segment {
+        Segment { head: Head::EMPTY, body: Body::Bytes(vec![0; len]), ticket: None }
+    }
+
+    #[test]
+    fn a_piece_waits_behind_another_but_never_for_itself_nor_for_a_client_that_is_gone() {
+        let client = Clients::default().add(Peer::Starter, "a test".into(), 1).unwrap();
+        let outbox = Outbox::new(None, client);
+        assert!(!outbox.is_full(ENOUGH) && !outbox.is_full(usize::MAX));
+        outbox.push(&mut vec![segment(1)]);
+        assert!(outbox.is_full(ENOUGH) && !outbox.is_full(ENOUGH - 1), "the short ones that fit need not wait");
+        outbox.push(&mut vec![segment(ENOUGH - 1)]);
+        assert!(outbox.is_full(1));
+        outbox.fail();
+        assert!(!outbox.is_full(1), "who waits for room would wait for ever");
     }
 }

@@ -140,7 +140,7 @@ impl Work {
             // Up to a multiple of the piece, so that the pieces lie as the disk's blocks do.
             let len = (PIECE as u64 - at % PIECE as u64).min(end - at) as usize;
             let (buffer, done) = if failure.is_none() {
-                self.outbox.has_room().await;
+                self.outbox.has_room(len).await;
                 self.read_piece(at, pool.take(len)).await
             } else {
                 // The client was promised so many bytes.
