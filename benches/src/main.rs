@@ -10,6 +10,7 @@ mod process;
 mod report;
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -26,7 +27,7 @@ struct Options {
     /// Only cases whose group begins like this; may be given more than once
     #[arg(long)]
     only: Vec<String>,
-    /// Counted rounds of each case; loads through NBD and FUSE have three times as many and two
+    /// Counted rounds of each case; where a goal is near, up to six times as many
     #[arg(long)]
     rounds: Option<usize>,
     /// A folder in memory
@@ -76,8 +77,11 @@ fn main() -> Result<()> {
     let mut report = Report::new(&place.memory, &place.disk, rounds);
     for (group, case) in CASES {
         if options.only.is_empty() || options.only.iter().any(|only| group.starts_with(only.as_str())) {
-            eprintln!("{group} ...");
-            match case(&place) {
+            eprint!("{group} ...");
+            let began = Instant::now();
+            let measured = case(&place);
+            eprintln!(" {:.0} s", began.elapsed().as_secs_f64());
+            match measured {
                 Ok(rows) => report.rows.extend(rows),
                 // The others are worth having all the same.
                 Err(error) => report.missing.push(format!("{group}: {error:#}")),

@@ -6,9 +6,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::case::many_rounds;
 use crate::chart;
-use crate::measure::{Goal, Row, Unit, Verdict};
+use crate::measure::{Goal, MORE, Row, Unit, Verdict};
 use crate::process::output;
 
 /// Where the table begins in a document, and where it ends.
@@ -67,28 +66,32 @@ impl Report {
 
     pub fn to_markdown(&self) -> String {
         let mut text = format!(
-            "Machine: {}. Commit: {}. Places: {}. Medians of {} rounds in turn ({} for requests through \
-             NBD and FUSE, where peers that are only shown have 5); `x` is the ratio to the case's first line in the \
-             same round, `cpu x` that of the processor time (of the server, a request, for NBD and FUSE); lines in *italics* are \
+            "Machine: {}. Commit: {}. Places: {}. Medians of {} rounds in turn, and where these can't tell whether a goal is met, of \
+             more, up to {} (but peers that are only shown); `x` is the ratio to the case's first line in the \
+             same round, with the interval in which its median lies with a probability of 95 in a hundred; `cpu x` is that of the \
+             processor time (of the server, a request, for NBD and FUSE); lines in *italics* are \
              the same work with nothing of ours in it.\n\n",
             self.machine,
             self.commit,
             self.places,
             self.rounds,
-            many_rounds(self.rounds)
+            self.rounds * MORE,
         );
-        text.push_str("| case | who | value | x [least, most] | goal | cpu x | memory |\n|---|---|---|---|---|---|---|\n");
+        text.push_str(
+            "| case | who | value | x [interval] | rounds | goal | cpu x | memory |\n|---|---|---|---|---|---|---|---|\n",
+        );
         for row in &self.rows {
             let goals: Vec<String> = row.goals.iter().map(|(goal, verdict)| show_goal(*goal, *verdict, row.unit)).collect();
             let cpu = row.cpu.filter(|cpu| !cpu[1].is_nan()).map_or(String::new(), |cpu| format!("{:.2}", cpu[1]));
             let memory = row.memory.map_or(String::new(), show_memory);
-            let [ratio, least, most] = row.ratio;
+            let [ratio, low, high] = row.ratio;
             let who = if row.is_floor { format!("*{}*", row.subject) } else { row.subject.clone() };
             let _ = writeln!(
                 text,
-                "| {} | {who} | {} | {ratio:.2} [{least:.2}, {most:.2}] | {} | {cpu} | {memory} |",
+                "| {} | {who} | {} | {ratio:.2} [{low:.2}, {high:.2}] | {} | {} | {cpu} | {memory} |",
                 row.case,
                 value(row.value[0], row.unit),
+                row.rounds,
                 goals.join("; ")
             );
         }

@@ -146,7 +146,7 @@ pub fn fuse(place: &Place) -> Result<Vec<Row>> {
         let subject = |served| subject(served, move || served.fio(arguments, place.short_seconds()));
         let mut subjects: Vec<_> =
             able.map(subject).enumerate().map(|(n, one)| if n == 1 { one.with_target(0.95) } else { one }).collect();
-        rows.extend(alternate(&format!("FUSE {load}"), Unit::PerSecond, place.many_rounds(), &mut subjects)?);
+        rows.extend(alternate(&format!("FUSE {load}"), Unit::PerSecond, place.rounds, &mut subjects)?);
     }
     let subjects = servers.iter().map(|served| subject(served, || served.cold(mib)));
     // 2 GB a second at least.

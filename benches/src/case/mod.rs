@@ -36,20 +36,10 @@ impl Place {
     }
 
     /// The same for loads of requests between processes: how the scheduler lets these meet differs from run to run by a tenth,
-    /// however long they are.
+    /// however long they are, so it is rounds that tell.
     pub fn short_seconds(&self) -> f64 {
-        if self.long { 2.0 } else { 0.2 }
+        if self.long { 2.0 } else { 0.15 }
     }
-
-    /// Counted rounds of these.
-    pub fn many_rounds(&self) -> usize {
-        many_rounds(self.rounds)
-    }
-}
-
-/// [`Place::many_rounds`], where other cases have this many.
-pub fn many_rounds(rounds: usize) -> usize {
-    rounds * 3 + 2
 }
 
 type Case = fn(&Place) -> Result<Vec<Row>>;

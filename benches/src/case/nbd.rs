@@ -104,10 +104,10 @@ pub fn nbd(place: &Place) -> Result<Vec<Row>> {
         let cpu = load.starts_with("random").then_some(Goal::Cpu(0.75));
         let run = |served: &Served| served.fio(arguments, mib << 20, place.short_seconds());
         let mut subjects = subjects(&servers, &run, target, cpu);
-        rows.extend(alternate(&format!("NBD {load}"), Unit::PerSecond, place.many_rounds(), &mut subjects)?);
+        rows.extend(alternate(&format!("NBD {load}"), Unit::PerSecond, place.rounds, &mut subjects)?);
     }
     let mut subjects = subjects(&servers, &Served::copy, 1.0 / 1.2, None);
-    rows.extend(alternate("NBD, nbdcopy to null", Unit::Seconds, place.many_rounds(), &mut subjects)?);
+    rows.extend(alternate("NBD, nbdcopy to null", Unit::Seconds, place.rounds, &mut subjects)?);
     Ok(rows)
 }
 
