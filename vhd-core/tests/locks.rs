@@ -8,6 +8,8 @@
 
 mod support;
 
+use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -75,8 +77,9 @@ impl QemuNbd {
         }
         let mut nbd = Self(command.stdin(Stdio::null()).spawn().unwrap());
         let start = Instant::now();
-        // The socket is there once the image is open.
-        while !socket.exists() {
+        // The socket is there before the image is open, a greeting when it is.
+        let greets = || UnixStream::connect(&socket).and_then(|mut stream| stream.read_exact(&mut [0; 18])).is_ok();
+        while !greets() {
             assert!(start.elapsed() < PATIENCE && nbd.0.try_wait().unwrap().is_none(), "qemu-nbd did not start");
             std::thread::sleep(Duration::from_millis(10));
         }
