@@ -217,6 +217,16 @@ fn a_refreshed_disk_has_its_new_size_for_new_clients() {
 }
 
 #[test]
+fn an_image_that_is_served_read_only_is_opened_again_but_never_resized() {
+    let folder = folder_with_disk("8M");
+    let server = Server::start(folder.path(), "--read-only disk.vhd");
+    let said = refused(folder.path(), "ctl ./c refresh disk --size 32M");
+    assert!(said.contains("disk.vhd: is served read-only, so it is not made larger"), "{said}");
+    assert_eq!(json(folder.path(), "ctl ./c refresh disk", 0)["size"], 8 << 20);
+    server.stop();
+}
+
+#[test]
 fn metrics_count_what_clients_do() {
     let folder = folder_with_disk("8M");
     // The port is said in the document of the beginning.

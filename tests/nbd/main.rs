@@ -26,5 +26,6 @@ mod load;
 mod server;
 mod snapshot;
 mod tls;
+mod uncopied;
 mod wire;
 mod zeroes;

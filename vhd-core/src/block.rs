@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -76,6 +77,17 @@ pub enum Found {
     NotNow,
 }
 
+/// What became of a range that was to go into a pipe ([`BlockDevice::splice_at`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spliced {
+    /// It is in the pipe.
+    All,
+    /// It can't be had so, and the pipe is as it was.
+    No,
+    /// It may be, but would have to be waited for. The pipe is as it was.
+    NotNow,
+}
+
 /// What a disk is and can do; constant while it is open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capabilities {
@@ -113,6 +125,18 @@ pub trait BlockDevice: Send + Sync {
     fn find_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64, wait: bool) -> Result<Found> {
         let _ = wait;
         self.read_vectored_at(bufs, offset).map(|()| Found::Data)
+    }
+
+    /// Puts a range into a pipe without copying it: the pages of the host's page cache themselves. That can be where the range is in one piece of one
+    /// file, and whatever is written to that place later is what was written to the range: whoever reads the pipe, however late, has
+    /// what a read at some moment between would have had, sector by sector. Else it is [`Spliced::No`], and so by default. The pipe does
+    /// not wait, is empty, and has room. `wait` as for [`BlockDevice::find_vectored_at`].
+    ///
+    /// # Errors
+    /// `OutOfRange`; as the file can't be read, and then the pipe may hold part of the range.
+    fn splice_at(&self, pipe: BorrowedFd<'_>, range: Range<u64>, wait: bool) -> Result<Spliced> {
+        let _ = (pipe, range, wait);
+        Ok(Spliced::No)
     }
 
     /// Writes all of `bufs` from `offset` on.

@@ -8,13 +8,14 @@ mod layer;
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, TryLockError};
 
 use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard, ShardedLockWriteGuard};
 use uuid::Uuid;
 
-use crate::block::{BlockDevice, Capabilities, Disk, Extent, Found, ZeroMode};
+use crate::block::{BlockDevice, Capabilities, Disk, Extent, Found, Spliced, ZeroMode};
 use crate::chain::{Chain, ChainOptions, ChildOptions, Layer, UndoSession, create_over_open, open_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Created, Image, OpenOptions};
@@ -329,6 +330,10 @@ impl BlockDevice for Shared {
 
     fn find_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64, wait: bool) -> Result<Found> {
         self.read().open()?.chain.find_vectored_at(bufs, offset, wait)
+    }
+
+    fn splice_at(&self, pipe: BorrowedFd<'_>, range: Range<u64>, wait: bool) -> Result<Spliced> {
+        self.read().open()?.chain.splice_at(pipe, range, wait)
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {

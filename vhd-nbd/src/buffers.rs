@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vhd_core::storage::AlignedBuffer;
 
+use crate::pipes::{Pipe, Pipes};
+
 /// Bytes that are moved at once; longer requests go in pieces, so that no client makes the server hold more.
 pub const PIECE: usize = 256 << 10;
 
@@ -15,15 +17,23 @@ const KEPT: usize = 8 << 20;
 
 /// Where buffers come from and go back to.
 #[derive(Debug, Default)]
-pub struct Pool([Mutex<Vec<AlignedBuffer>>; SIZES.len()]);
+pub struct Pool {
+    kept: [Mutex<Vec<AlignedBuffer>>; SIZES.len()],
+    pipes: Arc<Pipes>,
+}
 
 impl Pool {
     /// A buffer of `len` bytes, [`PIECE`] at most, that hold anything.
     pub fn take(self: &Arc<Self>, len: usize) -> Buffer {
         let class = SIZES.iter().position(|size| len <= *size).unwrap_or(SIZES.len() - 1);
-        let kept = self.0[class].lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let kept = self.kept[class].lock().unwrap_or_else(PoisonError::into_inner).pop();
         let bytes = kept.unwrap_or_else(|| AlignedBuffer::new(SIZES[class]));
         Buffer { bytes: Some(bytes), len: len.min(SIZES[class]), class, pool: Arc::clone(self) }
+    }
+
+    /// A pipe in place of a buffer, as [`Pipes::take`] has it.
+    pub fn pipe(&self) -> Option<Pipe> {
+        self.pipes.take()
     }
 }
 
@@ -56,7 +66,7 @@ impl DerefMut for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let mut kept = self.pool.0[self.class].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.pool.kept[self.class].lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() < KEPT / SIZES[self.class] {
             kept.extend(self.bytes.take());
         }
@@ -74,6 +84,6 @@ mod tests {
         assert_eq!(pool.take(1).as_ptr().addr(), address);
         assert_eq!(address % 4096, 0);
         drop((0..100).map(|_| pool.take(PIECE)).collect::<Vec<_>>());
-        assert_eq!(pool.0[2].lock().unwrap().len(), KEPT / PIECE);
+        assert_eq!(pool.kept[2].lock().unwrap().len(), KEPT / PIECE);
     }
 }

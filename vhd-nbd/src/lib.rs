@@ -17,6 +17,7 @@ pub mod handshake;
 mod limits;
 mod pace;
 mod peer;
+mod pipes;
 pub mod server;
 pub mod source;
 pub mod tls;

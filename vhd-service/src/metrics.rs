@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +15,7 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
-use vhd_core::block::{BlockDevice, Capabilities, Extent, Found, ZeroMode};
+use vhd_core::block::{BlockDevice, Capabilities, Extent, Found, Spliced, ZeroMode};
 use vhd_core::{Disk, Error, ErrorKind, Result};
 
 use self::counts::{Kind, Requests, Watched};
@@ -197,6 +198,17 @@ impl BlockDevice for Counted {
         // What was put off comes again.
         if !matches!(result, Ok(Found::NotNow)) {
             self.watched.count(Kind::Read, bytes, began, result.is_ok());
+        }
+        result
+    }
+
+    fn splice_at(&self, pipe: BorrowedFd<'_>, range: Range<u64>, wait: bool) -> Result<Spliced> {
+        let bytes = range.end.saturating_sub(range.start);
+        let began = self.watched.begin(Kind::Read);
+        let result = self.disk.splice_at(pipe, range, wait);
+        // What was not put there is read, or comes again.
+        if matches!(result, Ok(Spliced::All)) {
+            self.watched.count(Kind::Read, bytes, began, true);
         }
         result
     }

@@ -13,6 +13,9 @@ use crate::process::{Server, run, vhd};
 /// The least that a server of the raw file can be.
 const FLOOR: &str = "a loop of recv, pread or pwrite, send on the raw file";
 
+/// This project's, serving what nobody may write: only for reads that are long enough to go without being copied.
+const READ_ONLY: &str = "vhd, read-only";
+
 /// A server of the same content as the others.
 struct Served {
     name: &'static str,
@@ -61,7 +64,7 @@ impl Served {
 }
 
 /// All servers: the reference first, this project's second.
-fn servers(folder: &Path, raw: &Path, [image, for_qemu]: [&Path; 2], mib: u64) -> Result<Vec<Served>> {
+fn servers(folder: &Path, raw: &Path, [image, read_only, for_qemu]: [&Path; 3], mib: u64) -> Result<Vec<Served>> {
     let socket = |name: &str| folder.join(format!("{name}.sock"));
     let mut found = Vec::new();
     let mut nbdkit = Command::new("nbdkit");
@@ -70,6 +73,9 @@ fn servers(folder: &Path, raw: &Path, [image, for_qemu]: [&Path; 2], mib: u64) -
     let mut own = Command::new(vhd()?);
     own.arg("serve").arg(image).arg("--listen").arg(format!("unix:{}", socket("vhd").display()));
     found.push(Served::start("vhd", &mut own, &socket("vhd"))?);
+    let mut own = Command::new(vhd()?);
+    own.args(["serve", "--read-only"]).arg(read_only).arg("--listen").arg(format!("unix:{}", socket("read-only").display()));
+    found.push(Served::start(READ_ONLY, &mut own, &socket("read-only"))?);
     let mut memory = Command::new("nbdkit");
     memory.args(["-f", "-U"]).arg(socket("memory")).args(["memory", &format!("{mib}M")]);
     found.push(Served::start("nbdkit memory", &mut memory, &socket("memory"))?);
@@ -95,25 +101,26 @@ const LOADS: [(&str, &[&str], f64); 7] = [
 pub fn nbd(place: &Place) -> Result<Vec<Row>> {
     let mib = if place.long { 2048 } else { 512 };
     let (raw, image) = (place.memory.join("nbd.img"), place.memory.join("nbd.vhd"));
-    // QEMU's own: it would write to the image that is served.
-    let for_qemu = place.memory.join("qemu.vhd");
-    files::alike(&[&raw], &[&image, &for_qemu], mib)?;
-    let servers = servers(&place.memory, &raw, [&image, &for_qemu], mib)?;
+    // QEMU's own: it would write to the image that is served. And who writes one keeps others from it.
+    let (for_qemu, read_only) = (place.memory.join("qemu.vhd"), place.memory.join("read-only.vhd"));
+    files::alike(&[&raw], &[&image, &read_only, &for_qemu], mib)?;
+    let servers = servers(&place.memory, &raw, [&image, &read_only, &for_qemu], mib)?;
     let mut rows = Vec::new();
     for (load, arguments, target) in LOADS {
-        let cpu = load.starts_with("random").then_some(Goal::Cpu(0.75));
+        let is_short = load.starts_with("random");
+        let cpu = is_short.then_some(Goal::Cpu(0.75));
         let run = |served: &Served| served.fio(arguments, mib << 20, place.short_seconds());
-        let mut subjects = subjects(&servers, &run, target, cpu);
+        let mut subjects = subjects(servers.iter().filter(|served| !is_short || served.name != READ_ONLY), &run, target, cpu);
         rows.extend(alternate(&format!("NBD {load}"), Unit::PerSecond, place.rounds, &mut subjects)?);
     }
-    let mut subjects = subjects(&servers, &Served::copy, 1.0 / 1.2, None);
+    let mut subjects = subjects(servers.iter(), &Served::copy, 1.0 / 1.2, None);
     rows.extend(alternate("NBD, nbdcopy to null", Unit::Seconds, place.rounds, &mut subjects)?);
     Ok(rows)
 }
 
-/// All servers at one piece of work, this project's with its goals.
+/// Servers at one piece of work, this project's with its goals.
 fn subjects<'a>(
-    servers: &'a [Served],
+    servers: impl Iterator<Item = &'a Served>,
     run: &'a dyn Fn(&Served) -> Result<Sample>,
     target: f64,
     cpu: Option<Goal>,
@@ -121,10 +128,10 @@ fn subjects<'a>(
     let subject = |served: &'a Served| {
         let subject = Subject::new(served.name, || run(served));
         match served.name {
-            "vhd" => cpu.into_iter().fold(subject.with_target(target), Subject::with),
+            "vhd" | READ_ONLY => cpu.into_iter().fold(subject.with_target(target), Subject::with),
             FLOOR => subject.being_floor(),
             _ => subject,
         }
     };
-    servers.iter().map(subject).collect()
+    servers.map(subject).collect()
 }

@@ -11,6 +11,7 @@ mod session;
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -27,7 +28,7 @@ pub use session::{UndoMember, UndoSession};
 
 use self::flat::{FlatCache, Visit};
 use self::holes::DataRanges;
-use crate::block::{BlockDevice, Capabilities, Extent, ExtentState, Found, ZeroMode};
+use crate::block::{BlockDevice, Capabilities, Extent, ExtentState, Found, Spliced, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Below, Image, Run, RunKind};
 use crate::storage::{ReadBuffers, Storage};
@@ -124,6 +125,13 @@ impl Layer {
         }
     }
 
+    fn keeps_places(&self) -> bool {
+        match self {
+            Self::Image(image) => image.keeps_places(),
+            Self::Raw(_) => true,
+        }
+    }
+
     fn read_error(&self, error: io::Error, offset: u64) -> Error {
         match self {
             Self::Image(image) => image.read_error(error, offset),
@@ -208,6 +216,19 @@ impl Chain {
             return base.find(&mut [IoSliceMut::new(buf)], place, wait);
         }
         self.from(depth).read(&mut ReadBuffers::new(bufs), range, wait)
+    }
+
+    /// As [`BlockDevice::splice_at`], of the disk that the layer at `depth` would be the leaf of.
+    pub(crate) fn splice_layer(&self, depth: usize, pipe: BorrowedFd<'_>, range: Range<u64>, wait: bool) -> Result<Spliced> {
+        let range = self.range_of(depth, range.start, range.end.saturating_sub(range.start))?;
+        let _held = self.leaf().image().map(|image| image.hold());
+        let Some((depth, offset)) = self.from(depth).one_place(&range)? else { return Ok(Spliced::No) };
+        let layer = &self.layers[depth];
+        if !layer.keeps_places() {
+            return Ok(Spliced::No);
+        }
+        let place = offset..offset + (range.end - range.start);
+        layer.storage().splice_at(pipe, place, wait).map_err(|error| layer.read_error(error, offset))
     }
 
     /// True when writes are known to wait for no other machine.
@@ -300,6 +321,22 @@ impl Parents<'_> {
         })?;
         // Past the end of a parent that is smaller than its child there is nothing, whatever lies deeper.
         if beyond.is_empty() { Ok(()) } else { visit(beyond, self.layers.len() - 1, RunKind::Absent) }
+    }
+
+    /// The layer that holds all of a range in one piece, and where in its file.
+    fn one_place(&self, range: &Range<u64>) -> Result<Option<(usize, u64)>> {
+        let (mut place, mut is_one) = (None, true);
+        self.resolve(range.clone(), &mut |run, depth, kind| {
+            let RunKind::Present(offset) = kind else {
+                is_one = false;
+                return Ok(());
+            };
+            // Where the range would begin, were all of it in this piece.
+            let start = offset.checked_sub(run.start - range.start).map(|start| (depth, start));
+            is_one &= start.is_some() && *place.get_or_insert(start) == start;
+            Ok(())
+        })?;
+        Ok(place.flatten().filter(|_| is_one))
     }
 
     fn read(&self, bufs: &mut ReadBuffers<'_>, range: Range<u64>, wait: bool) -> Result<Found> {
@@ -404,6 +441,10 @@ impl BlockDevice for Chain {
 
     fn find_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64, wait: bool) -> Result<Found> {
         self.find(0, bufs, offset, wait)
+    }
+
+    fn splice_at(&self, pipe: BorrowedFd<'_>, range: Range<u64>, wait: bool) -> Result<Spliced> {
+        self.splice_layer(0, pipe, range, wait)
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {

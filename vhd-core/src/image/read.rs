@@ -57,11 +57,16 @@ impl Image {
         Some(sparse.layout.data_offset(entry.sector()?) + part.within)
     }
 
+    /// True when no place in the file ever comes to hold another part of the disk, as long as the image is open.
+    pub(crate) fn keeps_places(&self) -> bool {
+        self.sparse.is_none() || self.read_only
+    }
+
     /// Keeps the space of all blocks that are allocated now from being given to others.
     #[must_use = "the guard is what keeps the space"]
     pub fn hold(&self) -> impl Sized + '_ {
         // Images that are only read free no blocks.
-        self.sparse.as_ref().filter(|_| !self.read_only).map(|sparse| sparse.grace.enter())
+        self.sparse.as_ref().filter(|_| !self.keeps_places()).map(|sparse| sparse.grace.enter())
     }
 }
 

@@ -2,10 +2,11 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
 use super::LiveDisk;
-use crate::block::{BlockDevice, Capabilities, Extent, ZeroMode};
+use crate::block::{BlockDevice, Capabilities, Extent, Spliced, ZeroMode};
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -45,6 +46,10 @@ impl BlockDevice for LiveLayer {
 
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
         self.with(|chain, depth| chain.read_layer(depth, bufs, offset))
+    }
+
+    fn splice_at(&self, pipe: BorrowedFd<'_>, range: Range<u64>, wait: bool) -> Result<Spliced> {
+        self.with(|chain, depth| chain.splice_layer(depth, pipe, range, wait))
     }
 
     fn write_vectored_at(&self, _bufs: &[IoSlice<'_>], _offset: u64) -> Result<()> {

@@ -4,12 +4,13 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::num::NonZeroU64;
 use std::ops::{Deref, Range};
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, OFlag, fallocate};
+use nix::fcntl::{FallocateFlags, OFlag, SpliceFFlags, fallocate, splice};
 use nix::sys::uio::{pread, preadv, pwrite, pwritev};
 use nix::unistd::{Whence, lseek};
 use rustix::fs::{Access, Advice, AtFlags, CWD, accessat, fstatfs};
@@ -18,6 +19,7 @@ use rustix::io::{ReadWriteFlags, preadv2};
 use super::direct::Direct;
 use super::found::FoundData;
 use super::{LockMode, Storage, lock, write_zeros};
+use crate::block::Spliced;
 use crate::error::{Error, ErrorKind, Result};
 
 /// `IOV_MAX` of Linux: more pieces in one call are refused.
@@ -334,6 +336,28 @@ impl Storage for FileStorage {
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn splice_at(&self, pipe: BorrowedFd<'_>, range: Range<u64>, wait: bool) -> io::Result<Spliced> {
+        // What goes past the page cache has no pages there.
+        if self.direct.is_some() {
+            return Ok(Spliced::No);
+        }
+        // The kernel can't be asked to leave out what is not in memory.
+        if !wait && self.file_system != FileSystem::Memory {
+            return Ok(Spliced::NotNow);
+        }
+        let mut at = to_off(range.start)?;
+        let mut left = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+        while left > 0 {
+            match retry(|| splice(&self.file, Some(&mut at), pipe, None, left, SpliceFFlags::SPLICE_F_NONBLOCK)) {
+                // Not every file system can.
+                Err(Errno::EINVAL) if at.unsigned_abs() == range.start => return Ok(Spliced::No),
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                count => left -= count?,
+            }
+        }
+        Ok(Spliced::All)
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> io::Result<()> {

@@ -14,6 +14,7 @@ mod unnamed;
 use std::fmt::Debug;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 
 pub use aligned::AlignedBuffer;
 pub(crate) use aligned::PAGE;
@@ -24,6 +25,8 @@ pub use lock::LockMode;
 pub use memory::MemoryStorage;
 pub(crate) use replace::may_change_names_beside;
 pub use replace::{rehearse_replace, replace_file};
+
+use crate::block::Spliced;
 
 /// Zeros for those who must write some.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
@@ -125,6 +128,16 @@ pub trait Storage: Send + Sync + Debug {
     /// # Errors
     /// Whatever the host says.
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
+
+    /// Puts a range into a pipe, as [`BlockDevice::splice_at`](crate::block::BlockDevice::splice_at) has it: what is written to the range before
+    /// the pipe is read may be seen there.
+    ///
+    /// # Errors
+    /// As the host fails or the file ends before; the pipe may hold part of it then.
+    fn splice_at(&self, pipe: BorrowedFd<'_>, range: Range<u64>, wait: bool) -> io::Result<Spliced> {
+        let _ = (pipe, range, wait);
+        Ok(Spliced::No)
+    }
 
     /// A hint that all that is written from now on will be synced soon: the host may begin with it at once, so that the medium is
     /// busy while more is written. Promises nothing.

@@ -259,9 +259,11 @@ impl<R: AsyncRead + Unpin> Connection<R> {
     }
 
     fn reply(&mut self, segment: Segment) {
-        if let Body::Buffer(buffer) = &segment.body {
-            self.batch_bytes += buffer.len();
-        }
+        self.batch_bytes += match &segment.body {
+            Body::Buffer(buffer) => buffer.len(),
+            Body::Pipe(pipe) => pipe.len(),
+            Body::Empty | Body::Bytes(_) => 0,
+        };
         self.batch.push(segment);
     }
 
@@ -306,16 +308,15 @@ impl<R: AsyncRead + Unpin> Connection<R> {
             let (work, request, pool) = (Arc::clone(&self.work), *request, Arc::clone(&self.pool));
             tokio::spawn(async move { work.read_later(request, one_chunk, pool, ticket).await });
         } else {
-            let buffer = self.pool.take(len);
             let at_once = self.work.export().reads_at_once();
-            let tried = if at_once { self.work.read_if_cached(request, buffer, ticket) } else { Err((buffer, ticket)) };
-            let (buffer, ticket) = match tried {
+            let tried = if at_once { self.work.read_if_cached(request, &self.pool, ticket) } else { Err(ticket) };
+            let ticket = match tried {
                 Ok(segment) => return self.reply(segment),
-                Err(later) => later,
+                Err(ticket) => ticket,
             };
-            let (work, request) = (Arc::clone(&self.work), *request);
+            let (work, request, pool) = (Arc::clone(&self.work), *request, Arc::clone(&self.pool));
             self.in_pool(ticket, move |ticket| {
-                let segment = work.read(&request, buffer, ticket);
+                let segment = work.read(&request, &pool, ticket);
                 work.outbox.push(&mut vec![segment]);
             })
             .await;

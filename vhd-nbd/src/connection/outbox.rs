@@ -17,6 +17,7 @@ use crate::buffers::Buffer;
 use crate::client::{Client, Phase};
 use crate::codec::Head;
 use crate::limits::Ticket;
+use crate::pipes::Pipe;
 
 /// Replies that go out with one call.
 const AT_ONCE: usize = 64;
@@ -32,6 +33,8 @@ pub enum Body {
     Bytes(Vec<u8>),
     /// Bytes of a disk.
     Buffer(Buffer),
+    /// The same, not copied: only for direct sockets.
+    Pipe(Pipe),
 }
 
 /// A reply, or a piece of one.
@@ -49,14 +52,23 @@ pub struct Segment {
 impl Segment {
     fn body(&self) -> &[u8] {
         match &self.body {
-            Body::Empty => &[],
+            Body::Empty | Body::Pipe(_) => &[],
             Body::Bytes(bytes) => bytes,
             Body::Buffer(buffer) => buffer,
         }
     }
 
     fn len(&self) -> usize {
-        self.head.as_bytes().len() + self.body().len()
+        let body = if let Body::Pipe(pipe) = &self.body { pipe.len() } else { self.body().len() };
+        self.head.as_bytes().len() + body
+    }
+
+    /// The pipe that comes next when this much of the segment is sent.
+    fn pipe_after(&mut self, sent: usize) -> Option<&mut Pipe> {
+        match &mut self.body {
+            Body::Pipe(pipe) if sent >= self.head.as_bytes().len() => Some(pipe),
+            _ => None,
+        }
     }
 }
 
@@ -89,14 +101,21 @@ impl State {
     }
 }
 
-/// Calls `write` with the bytes that come first.
-fn with_slices<T>(queue: &VecDeque<Segment>, sent: usize, write: impl FnOnce(&[IoSlice<'_>]) -> T) -> T {
+/// Calls `write` with the bytes that come first, up to those in a pipe, and whether there are such.
+fn with_slices<T>(queue: &VecDeque<Segment>, sent: usize, write: impl FnOnce(&[IoSlice<'_>], bool) -> T) -> T {
     let mut slices: SmallVec<[IoSlice<'_>; 2 * AT_ONCE]> = SmallVec::new();
-    let parts = queue.iter().take(AT_ONCE).flat_map(|segment| [segment.head.as_bytes(), segment.body()]);
-    slices.extend(parts.filter(|part| !part.is_empty()).map(IoSlice::new));
+    let mut ends_at_pipe = false;
+    for segment in queue.iter().take(AT_ONCE) {
+        let parts = [segment.head.as_bytes(), segment.body()];
+        slices.extend(parts.into_iter().filter(|part| !part.is_empty()).map(IoSlice::new));
+        ends_at_pipe = matches!(segment.body, Body::Pipe(_));
+        if ends_at_pipe {
+            break;
+        }
+    }
     let mut rest = &mut slices[..];
     IoSlice::advance_slices(&mut rest, sent);
-    write(rest)
+    write(rest, ends_at_pipe)
 }
 
 /// What waits to be sent.
@@ -130,6 +149,11 @@ impl Outbox {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// True when a pipe can be sent.
+    pub fn takes_pipes(&self) -> bool {
+        self.direct.is_some()
     }
 
     /// What came meanwhile by the socket that replies go to; nothing where it would have to be waited for. The end and errors
@@ -257,7 +281,7 @@ impl Outbox {
         let mut sent = 0;
         while !queue.is_empty() {
             let count = std::future::poll_fn(|context| {
-                with_slices(&queue, sent, |slices| Pin::new(&mut *stream).poll_write_vectored(context, slices))
+                with_slices(&queue, sent, |slices, _| Pin::new(&mut *stream).poll_write_vectored(context, slices))
             });
             let count = count.await?;
             if count == 0 {
@@ -277,8 +301,12 @@ impl Outbox {
 
 /// Writes what the socket takes now; returns the bytes that are left.
 fn write_some(state: &mut State, direct: &Socket) -> io::Result<usize> {
-    while !state.queue.is_empty() {
-        match with_slices(&state.queue, state.sent, |slices| direct.try_write(slices)) {
+    while let Some(first) = state.queue.front_mut() {
+        let written = match first.pipe_after(state.sent) {
+            Some(pipe) => pipe.send(direct),
+            None => with_slices(&state.queue, state.sent, |slices, more| direct.try_write(slices, more)),
+        };
+        match written {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(count) => state.advance(count),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,

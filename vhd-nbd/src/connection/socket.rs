@@ -4,7 +4,7 @@
 //! nothing else to do needs none of it, and its client, which goes on meanwhile, has asked the next by then. So a client that
 //! asks much at a time gets such a thread, and the runtime forgets its socket ([`Socket::wait_in_system`]).
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as AnyStream;
 use std::pin::Pin;
@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use nix::errno::Errno;
+use nix::libc::MSG_MORE;
 use nix::poll::{PollFd, PollFlags, poll};
 use socket2::SockRef;
 use tokio::io::{AsyncRead, ReadBuf};
@@ -57,12 +58,13 @@ impl Socket {
         UnixStream::from_std(AnyStream::from(self.fd.try_clone()?))
     }
 
-    /// Sends what there is room for.
+    /// Sends what there is room for. Where there is `more` to come at once, it may wait for that.
     ///
     /// # Errors
     /// `WouldBlock` where there is none; as the client is gone.
-    pub fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        (&*SockRef::from(self)).write_vectored(slices)
+    pub fn try_write(&self, slices: &[IoSlice<'_>], more: bool) -> io::Result<usize> {
+        let flags = if more { MSG_MORE } else { 0 };
+        SockRef::from(self).send_vectored_with_flags(slices, flags)
     }
 
     /// Bytes that came, where there are some already.

@@ -3,7 +3,7 @@
 use std::io::IoSliceMut;
 use std::sync::Arc;
 
-use vhd_core::block::Found;
+use vhd_core::block::{Found, Spliced};
 use vhd_core::{Error, ErrorKind};
 
 use super::outbox::{Body, Outbox, Segment};
@@ -13,10 +13,21 @@ use crate::export::{Export, Visit};
 use crate::handshake::Session;
 use crate::limits::Ticket;
 use crate::peer::{Lane, Share};
+use crate::pipes::Pipe;
 use crate::transmission::Operation;
 
 /// Bytes of a long reply that are read in a row while others wait for the thread.
 const ROW: u64 = 1 << 20;
+
+/// Shorter reads are copied: to fill a pipe and to empty it is two calls more than that. See docs/performance.md.
+const UNCOPIED_MIN: u64 = 64 << 10;
+
+/// A range that was not copied, or why not.
+enum Uncopied {
+    Pipe(Pipe),
+    NotNow,
+    No,
+}
 
 /// Why a request failed: the error, and a message.
 pub type Failure = (Errno, String);
@@ -86,7 +97,11 @@ impl Work {
     }
 
     /// Reads a range that fits into one buffer.
-    pub fn read(&self, request: &Request, mut buffer: Buffer, ticket: Ticket) -> Segment {
+    pub fn read(&self, request: &Request, pool: &Arc<Pool>, ticket: Ticket) -> Segment {
+        if let Uncopied::Pipe(pipe) = self.uncopied(request.offset, request.len, pool, true) {
+            return self.answer_pipe(request, pipe, ticket);
+        }
+        let mut buffer = pool.take(request.len as usize);
         let found = self.find(&mut buffer, request.offset, true);
         self.answer_read(request, found, buffer, ticket)
     }
@@ -95,11 +110,38 @@ impl Work {
     ///
     /// # Errors
     /// When it would have to wait.
-    pub fn read_if_cached(&self, request: &Request, mut buffer: Buffer, ticket: Ticket) -> Result<Segment, (Buffer, Ticket)> {
+    pub fn read_if_cached(&self, request: &Request, pool: &Arc<Pool>, ticket: Ticket) -> Result<Segment, Ticket> {
+        match self.uncopied(request.offset, request.len, pool, false) {
+            Uncopied::Pipe(pipe) => return Ok(self.answer_pipe(request, pipe, ticket)),
+            Uncopied::NotNow => return Err(ticket),
+            Uncopied::No => {}
+        }
+        let mut buffer = pool.take(request.len as usize);
         match self.find(&mut buffer, request.offset, false) {
-            Ok(Found::NotNow) => Err((buffer, ticket)),
+            Ok(Found::NotNow) => Err(ticket),
             found => Ok(self.answer_read(request, found, buffer, ticket)),
         }
+    }
+
+    /// A range of at most a piece as it is in the host's memory, where the disk and the socket can do that and it is long enough to
+    /// be worth it. Whatever fails, fails again or does not when it is copied.
+    fn uncopied(&self, offset: u64, len: u64, pool: &Pool, wait: bool) -> Uncopied {
+        if len < UNCOPIED_MIN || !self.outbox.takes_pipes() {
+            return Uncopied::No;
+        }
+        let Some(mut pipe) = pool.pipe() else { return Uncopied::No };
+        let len = len as usize;
+        let range = offset..offset + len as u64;
+        match pipe.fill(len, |end| self.timed(len, || self.export().disk().splice_at(end, range, wait))) {
+            Ok(Spliced::All) => Uncopied::Pipe(pipe),
+            Ok(Spliced::NotNow) => Uncopied::NotNow,
+            Ok(Spliced::No) | Err(_) => Uncopied::No,
+        }
+    }
+
+    fn answer_pipe(&self, request: &Request, pipe: Pipe, ticket: Ticket) -> Segment {
+        let head = self.style().data(request, request.offset, request.len, true);
+        Segment { head, body: Body::Pipe(pipe), ticket: Some(ticket) }
     }
 
     fn find(&self, buffer: &mut Buffer, offset: u64, wait: bool) -> vhd_core::Result<Found> {
@@ -139,14 +181,14 @@ impl Work {
         while at < end {
             // Up to a multiple of the piece, so that the pieces lie as the disk's blocks do.
             let len = (PIECE as u64 - at % PIECE as u64).min(end - at) as usize;
-            let (buffer, done) = if failure.is_none() {
+            let (body, done) = if failure.is_none() {
                 self.outbox.has_room(len).await;
-                self.read_piece(at, pool.take(len)).await
+                self.read_piece(at, len, &pool).await
             } else {
                 // The client was promised so many bytes.
                 let mut padding = pool.take(len);
                 padding.fill(0);
-                (padding, Ok(Found::Data))
+                (Body::Buffer(padding), Ok(Found::Data))
             };
             if let Err(error) = done {
                 failure = Some((at, error));
@@ -170,7 +212,7 @@ impl Work {
                 (true, false) => crate::codec::Head::EMPTY,
                 (false, _) => self.style().data(&request, at, len as u64, last),
             };
-            let body = if is_hole { Body::Empty } else { Body::Buffer(buffer) };
+            let body = if is_hole { Body::Empty } else { body };
             at += len as u64;
             let segment = Segment { head, body, ticket: None };
             if at % ROW == 0 {
@@ -189,24 +231,28 @@ impl Work {
         self.end_in_pieces(&request, failure, ticket);
     }
 
-    async fn read_piece(self: &Arc<Self>, at: u64, mut buffer: Buffer) -> (Buffer, Result<Found, Failure>) {
+    async fn read_piece(self: &Arc<Self>, at: u64, len: usize, pool: &Arc<Pool>) -> (Body, Result<Found, Failure>) {
         if self.export().reads_at_once() {
-            match self.find(&mut buffer, at, false) {
-                Ok(Found::NotNow) => {}
-                found => return (buffer, found.map_err(|error| failure_of(&error))),
+            let (body, found) = self.piece(at, len, pool, false);
+            if found != Ok(Found::NotNow) {
+                return (body, found);
             }
         }
-        let work = Arc::clone(self);
-        let read = move || {
-            let found = work.find(&mut buffer, at, true).map_err(|error| failure_of(&error));
-            (buffer, found)
-        };
-        let lost = || (Errno::Io, "the server failed".to_owned());
+        let (work, pool) = (Arc::clone(self), Arc::clone(pool));
         let _turn = self.lane.turn().await;
-        match tokio::task::spawn_blocking(read).await {
-            Ok(done) => done,
-            Err(_) => (Arc::<Pool>::default().take(0), Err(lost())),
+        let read = tokio::task::spawn_blocking(move || work.piece(at, len, &pool, true));
+        read.await.unwrap_or_else(|_| (Body::Empty, Err((Errno::Io, "the server failed".to_owned()))))
+    }
+
+    fn piece(&self, at: u64, len: usize, pool: &Arc<Pool>, wait: bool) -> (Body, Result<Found, Failure>) {
+        match self.uncopied(at, len as u64, pool, wait) {
+            Uncopied::Pipe(pipe) => return (Body::Pipe(pipe), Ok(Found::Data)),
+            Uncopied::NotNow => return (Body::Empty, Ok(Found::NotNow)),
+            Uncopied::No => {}
         }
+        let mut buffer = pool.take(len);
+        let found = self.find(&mut buffer, at, wait).map_err(|error| failure_of(&error));
+        (Body::Buffer(buffer), found)
     }
 
     fn end_in_pieces(&self, request: &Request, failure: Option<(u64, Failure)>, ticket: Ticket) {

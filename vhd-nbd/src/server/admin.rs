@@ -155,6 +155,11 @@ impl Admin {
     fn refresh(&self, request: &Request) -> Result<Value> {
         let export = self.get(request.text("name")?)?;
         let size = request.arguments.get("size").and_then(Value::as_u64);
+        if size.is_some() && export.is_read_only() {
+            // Replies that wait for their clients are pages of the file: nothing in it may move.
+            let message = "is served read-only, so it is not made larger";
+            return Err(Error::new(ErrorKind::ReadOnly, message).at(&export.leaf()));
+        }
         export.refresh(|path, options| {
             let Some(size) = size else { return Ok(()) };
             // Larger only: clients still use what a smaller disk would lack.
