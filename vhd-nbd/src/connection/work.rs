@@ -20,7 +20,7 @@ use crate::transmission::Operation;
 const ROW: u64 = 1 << 20;
 
 /// Shorter reads are copied: to fill a pipe and to empty it is two calls more than that. See docs/performance.md.
-const UNCOPIED_MIN: u64 = 64 << 10;
+const UNCOPIED_MIN: usize = 64 << 10;
 
 /// A range that was not copied, or why not.
 enum Uncopied {
@@ -96,14 +96,10 @@ impl Work {
         }
     }
 
-    /// Reads a range that fits into one buffer.
+    /// Reads a range that fits into one piece.
     pub fn read(&self, request: &Request, pool: &Arc<Pool>, ticket: Ticket) -> Segment {
-        if let Uncopied::Pipe(pipe) = self.uncopied(request.offset, request.len, pool, true) {
-            return self.answer_pipe(request, pipe, ticket);
-        }
-        let mut buffer = pool.take(request.len as usize);
-        let found = self.find(&mut buffer, request.offset, true);
-        self.answer_read(request, found, buffer, ticket)
+        let (body, found) = self.piece(request.offset, request.len as usize, pool, true);
+        self.answer_read(request, found, body, ticket)
     }
 
     /// As [`Work::read`], where that needs no waiting.
@@ -111,37 +107,37 @@ impl Work {
     /// # Errors
     /// When it would have to wait.
     pub fn read_if_cached(&self, request: &Request, pool: &Arc<Pool>, ticket: Ticket) -> Result<Segment, Ticket> {
-        match self.uncopied(request.offset, request.len, pool, false) {
-            Uncopied::Pipe(pipe) => return Ok(self.answer_pipe(request, pipe, ticket)),
-            Uncopied::NotNow => return Err(ticket),
+        match self.piece(request.offset, request.len as usize, pool, false) {
+            (_, Ok(Found::NotNow)) => Err(ticket),
+            (body, found) => Ok(self.answer_read(request, found, body, ticket)),
+        }
+    }
+
+    /// Reads at most a piece, without copying it where that can be.
+    fn piece(&self, at: u64, len: usize, pool: &Arc<Pool>, wait: bool) -> (Body, Result<Found, Failure>) {
+        match self.uncopied(at, len, pool, wait) {
+            Uncopied::Pipe(pipe) => return (Body::Pipe(pipe), Ok(Found::Data)),
+            Uncopied::NotNow => return (Body::Empty, Ok(Found::NotNow)),
             Uncopied::No => {}
         }
-        let mut buffer = pool.take(request.len as usize);
-        match self.find(&mut buffer, request.offset, false) {
-            Ok(Found::NotNow) => Err(ticket),
-            found => Ok(self.answer_read(request, found, buffer, ticket)),
-        }
+        let mut buffer = pool.take(len);
+        let found = self.find(&mut buffer, at, wait).map_err(|error| failure_of(&error));
+        (Body::Buffer(buffer), found)
     }
 
     /// A range of at most a piece as it is in the host's memory, where the disk and the socket can do that and it is long enough to
     /// be worth it. Whatever fails, fails again or does not when it is copied.
-    fn uncopied(&self, offset: u64, len: u64, pool: &Pool, wait: bool) -> Uncopied {
+    fn uncopied(&self, at: u64, len: usize, pool: &Pool, wait: bool) -> Uncopied {
         if len < UNCOPIED_MIN || !self.outbox.takes_pipes() {
             return Uncopied::No;
         }
         let Some(mut pipe) = pool.pipe() else { return Uncopied::No };
-        let len = len as usize;
-        let range = offset..offset + len as u64;
+        let range = at..at + len as u64;
         match pipe.fill(len, |end| self.timed(len, || self.export().disk().splice_at(end, range, wait))) {
             Ok(Spliced::All) => Uncopied::Pipe(pipe),
             Ok(Spliced::NotNow) => Uncopied::NotNow,
             Ok(Spliced::No) | Err(_) => Uncopied::No,
         }
-    }
-
-    fn answer_pipe(&self, request: &Request, pipe: Pipe, ticket: Ticket) -> Segment {
-        let head = self.style().data(request, request.offset, request.len, true);
-        Segment { head, body: Body::Pipe(pipe), ticket: Some(ticket) }
     }
 
     fn find(&self, buffer: &mut Buffer, offset: u64, wait: bool) -> vhd_core::Result<Found> {
@@ -150,24 +146,21 @@ impl Work {
         self.timed(len, || self.export().disk().find_vectored_at(&mut bufs, offset, wait))
     }
 
-    fn answer_read(&self, request: &Request, found: vhd_core::Result<Found>, buffer: Buffer, ticket: Ticket) -> Segment {
+    fn answer_read(&self, request: &Request, found: Result<Found, Failure>, body: Body, ticket: Ticket) -> Segment {
         match found {
-            Ok(_) if buffer.is_empty() && self.style() != Style::Simple => {
+            Ok(_) if request.len == 0 && self.style() != Style::Simple => {
                 Segment { head: self.style().end(request), body: Body::Empty, ticket: Some(ticket) }
             }
             Ok(Found::Zeros) if self.style() != Style::Simple => {
-                // It fits into a buffer.
-                let head = self.style().hole(request, request.offset, buffer.len() as u32, true);
+                // It fits into a piece.
+                let head = self.style().hole(request, request.offset, request.len as u32, true);
                 Segment { head, body: Body::Empty, ticket: Some(ticket) }
             }
             Ok(_) => {
                 let head = self.style().data(request, request.offset, request.len, true);
-                Segment { head, body: Body::Buffer(buffer), ticket: Some(ticket) }
+                Segment { head, body, ticket: Some(ticket) }
             }
-            Err(error) => {
-                let (error, message) = failure_of(&error);
-                self.failure(request, error, &message, Some(ticket))
-            }
+            Err((error, message)) => self.failure(request, error, &message, Some(ticket)),
         }
     }
 
@@ -242,17 +235,6 @@ impl Work {
         let _turn = self.lane.turn().await;
         let read = tokio::task::spawn_blocking(move || work.piece(at, len, &pool, true));
         read.await.unwrap_or_else(|_| (Body::Empty, Err((Errno::Io, "the server failed".to_owned()))))
-    }
-
-    fn piece(&self, at: u64, len: usize, pool: &Arc<Pool>, wait: bool) -> (Body, Result<Found, Failure>) {
-        match self.uncopied(at, len as u64, pool, wait) {
-            Uncopied::Pipe(pipe) => return (Body::Pipe(pipe), Ok(Found::Data)),
-            Uncopied::NotNow => return (Body::Empty, Ok(Found::NotNow)),
-            Uncopied::No => {}
-        }
-        let mut buffer = pool.take(len);
-        let found = self.find(&mut buffer, at, wait).map_err(|error| failure_of(&error));
-        (Body::Buffer(buffer), found)
     }
 
     fn end_in_pieces(&self, request: &Request, failure: Option<(u64, Failure)>, ticket: Ticket) {
