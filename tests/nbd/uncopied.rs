@@ -1,7 +1,9 @@
 //! Long reads whose data is sent without being copied, as it is in the host's memory.
 
 use std::fs;
+use std::os::fd::AsRawFd;
 
+use nix::sys::socket::{MsgFlags, recv};
 use vhd_testkit::fixture::{BlockFill, FixtureSpec, Kind, Layout};
 
 use super::server::Server;
@@ -139,16 +141,9 @@ fn a_reply_that_waits_never_shows_another_block() {
         let end = (number + 1) * block;
         let old = other.read(0, end - len, len as usize);
         reader.request(0, READ, 5, end - len, len);
-        // It is answered before this one is.
-        let mut begun = [0];
-        while nix::sys::socket::recv(
-            std::os::fd::AsRawFd::as_raw_fd(&reader.stream),
-            &mut begun,
-            nix::sys::socket::MsgFlags::MSG_PEEK,
-        )
-        .unwrap()
-            == 0
-        {}
+        // Its answer waits in the socket.
+        let socket = reader.stream.as_raw_fd();
+        assert_eq!(recv(socket, &mut [0], MsgFlags::MSG_PEEK), Ok(1));
         assert_eq!(other.error_of(0, TRIM, number * block, block), 0);
         // Freed space is given out when the flush after the one that noted it is done.
         for _ in 0..4 {
