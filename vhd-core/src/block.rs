@@ -128,7 +128,7 @@ pub trait BlockDevice: Send + Sync {
     }
 
     /// Puts a range into a pipe without copying it: the pages of the host's page cache themselves. That can be where the range is in one piece of one
-    /// file, and whatever is written to that place later is what was written to the range: whoever reads the pipe, however late, has
+    /// file, and whatever is written to that place as long as the disk is open is what was written to the range: whoever reads the pipe until then has
     /// what a read at some moment between would have had, sector by sector. Else it is [`Spliced::No`], and so by default. The pipe does
     /// not wait, is empty, and has room. `wait` as for [`BlockDevice::find_vectored_at`].
     ///
