@@ -157,7 +157,8 @@ impl Admin {
         let size = request.arguments.get("size").and_then(Value::as_u64);
         if size.is_some() && export.is_read_only() {
             // Replies that wait for their clients are pages of the file: nothing in it may move.
-            let message = "is served read-only, so it is not made larger";
+            let message =
+                "is served read-only, so it is not made larger; end the server and use vhd resize, or serve it to be written";
             return Err(Error::new(ErrorKind::ReadOnly, message).at(&export.leaf()));
         }
         export.refresh(|path, options| {
