@@ -1,6 +1,7 @@
 //! Bytes of one host file.
 
 mod aligned;
+mod beside;
 mod buffers;
 mod direct;
 mod file;
@@ -18,6 +19,7 @@ use std::os::fd::BorrowedFd;
 
 pub use aligned::AlignedBuffer;
 pub(crate) use aligned::PAGE;
+pub use beside::{Beneath, open_beneath, read_beside};
 pub use buffers::{ReadBuffers, WriteBuffers};
 pub use file::FileStorage;
 pub use host::{Host, LocalHost, folder_of, put_file, resolve};
