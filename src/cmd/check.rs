@@ -5,10 +5,11 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use vhd_core::Error;
+use vhd_core::intent;
 use vhd_core::ops::check::{CheckOptions, Finding, Report, check, check_chain};
 use vhd_core::ops::repair::{RepairMode, repair, undo_repair};
-use vhd_core::storage::{FileStorage, LockMode};
+use vhd_core::storage::{FileStorage, LocalHost, LockMode};
+use vhd_core::{Error, ErrorKind};
 
 use super::ChainArgs;
 use crate::output::{Answer, Context, ShownPath, from_here, goes_on};
@@ -28,9 +29,12 @@ pub struct CheckArgs {
     /// Put right what can lose nothing; with =all the rest too, and list what is given up
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "safe", conflicts_with = "chain")]
     repair: Option<RepairHow>,
-    /// With --repair: say what would be done, and do nothing
-    #[arg(long, requires = "repair")]
+    /// With --repair or --clear-record: say what would be done, and do nothing
+    #[arg(long)]
     dry_run: bool,
+    /// Show the record of an interrupted operation beside the image, and remove it: the operation is given up
+    #[arg(long, conflicts_with_all = ["repair", "chain", "deep", "undo_repair"])]
+    clear_record: bool,
     /// Take the last repair back: the original bytes are in a file beside the image
     #[arg(long, conflicts_with_all = ["repair", "chain", "deep"])]
     undo_repair: bool,
@@ -67,6 +71,19 @@ struct RepairDocument<'a> {
     done: bool,
 }
 
+/// The JSON of `vhd check --clear-record`.
+#[derive(Serialize)]
+struct RecordDocument<'a> {
+    path: ShownPath<'a>,
+    record: ShownPath<'a>,
+    operation: &'a str,
+    /// The files that it names.
+    files: Vec<ShownPath<'a>>,
+    /// The command that goes on with the operation.
+    command: Option<&'a str>,
+    done: bool,
+}
+
 /// The JSON of `vhd check`: a contract.
 #[derive(Serialize)]
 struct Document<'a> {
@@ -87,6 +104,13 @@ struct FindingDocument {
 
 impl CheckArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
+        if self.dry_run && self.repair.is_none() && !self.clear_record {
+            let message = "--dry-run goes with --repair or --clear-record; a check writes nothing anyway";
+            return Err(Error::new(ErrorKind::InvalidInput, message).at(&self.image));
+        }
+        if self.clear_record {
+            return self.clear_record(context);
+        }
         let chain = self.open.options(false, false);
         if self.undo_repair {
             let undone = context.with_progress("undo repair", |progress| undo_repair(&self.image, self.force, &chain, progress));
@@ -115,6 +139,33 @@ impl CheckArgs {
             false => context.print(&text, &documents.swap_remove(0))?,
         }
         Ok(if ok { Answer::Yes } else { Answer::No })
+    }
+
+    fn clear_record(&self, context: &Context) -> Result<Answer, Error> {
+        let Some(found) = intent::recorded(&self.image)? else {
+            return Err(Error::new(ErrorKind::NotFound, "has no record of an interrupted operation beside it").at(&self.image));
+        };
+        if !self.dry_run {
+            intent::clear(&LocalHost, &self.image)?;
+        }
+        let mut text = format!("{}: {}\n", from_here(&found.path), found.operation);
+        for file in &found.files {
+            let _ = writeln!(text, "  names {}", from_here(file));
+        }
+        if let Some(command) = &found.command {
+            let _ = writeln!(text, "  goes on with: {command}");
+        }
+        text.push_str(if self.dry_run { "would be removed\n" } else { "removed\n" });
+        let document = RecordDocument {
+            path: ShownPath(&self.image),
+            record: ShownPath(&found.path),
+            operation: &found.operation,
+            files: found.files.iter().map(|file| ShownPath(file)).collect(),
+            command: found.command.as_deref(),
+            done: !self.dry_run,
+        };
+        context.print(&text, &document)?;
+        Ok(Answer::Yes)
     }
 
     fn repair(&self, how: RepairHow, context: &Context) -> Result<Answer, Error> {

@@ -9,12 +9,12 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use uuid::Uuid;
 use vhd_core::block::ZeroMode;
-use vhd_core::chain::{Chain, Layer, RawFile, is_vhd_name};
+use vhd_core::chain::{Chain, Layer, RawFile, is_vhd_name, refuse_replacing};
 use vhd_core::format::{Creator, DEFAULT_BLOCK_SIZE, DiskType, Timestamp};
 use vhd_core::image::{CreateOptions, Image, NewKind, OpenOptions, create};
 use vhd_core::ops::copy::{copy, read_from, read_to_file, write_to};
 use vhd_core::ops::in_place::InPlaceOptions;
-use vhd_core::storage::{FileStorage, LocalHost, LockMode, Storage, rehearse_replace, replace_file};
+use vhd_core::storage::{Access, FileStorage, LocalHost, LockMode, Storage, rehearse_replace, replace_file};
 use vhd_core::{Disk, Error, ErrorKind, Progress};
 
 use super::compare::{SourceFormat, open_source};
@@ -135,6 +135,7 @@ impl ConvertArgs {
         };
         if !is_stream(self.target()) {
             rehearse_replace(self.target(), self.overwrite)?;
+            self.refuse_replacing(context)?;
         }
         let mut data = 0;
         source.extents(0..source.size(), &mut |extent| {
@@ -248,7 +249,8 @@ impl ConvertArgs {
             creator: Creator::WINDOWS_10,
             timestamp: Timestamp::now(),
         };
-        replace_file(&LocalHost, self.target(), self.overwrite, |storage| {
+        self.refuse_replacing(context)?;
+        replace_file(&LocalHost, self.target(), self.overwrite, &access(source), |storage| {
             let is_new = storage.can_grow();
             for note in create(&**storage, &options)?.notes.into_iter().chain(named_otherwise(self.target())) {
                 context.note(&format!("{}: {note}", self.target().display()));
@@ -261,6 +263,18 @@ impl ConvertArgs {
             self.fill(source, &target, target.size(), is_new || !fixed, progress)?;
             target.close()
         })
+    }
+
+    /// Refuses to replace what a chain needs, or says what is lost.
+    fn refuse_replacing(&self, context: &Context) -> Result<(), Error> {
+        if !self.overwrite || !self.target().exists() {
+            return Ok(());
+        }
+        // That it can't be written at all comes first.
+        rehearse_replace(self.target(), true)?;
+        let lost = refuse_replacing(self.target(), self.force)?;
+        lost.iter().for_each(|lost| context.note(&format!("{}: is lost: it can't be opened any more", lost.display())));
+        Ok(())
     }
 
     /// Fills the first `size` bytes of the target.
@@ -294,9 +308,10 @@ impl ConvertArgs {
             };
         }
         if self.overwrite && self.target().exists() {
+            self.refuse_replacing(context)?;
             return self.over_raw(source, size, progress);
         }
-        replace_file(&LocalHost, self.target(), false, |storage| {
+        replace_file(&LocalHost, self.target(), false, &access(source), |storage| {
             let Some(size) = size else {
                 let came = read_to_file(&mut Input::new(progress)?, &**storage, progress)?;
                 if came % 512 != 0 {
@@ -340,6 +355,13 @@ impl ConvertArgs {
         }
         target.close()
     }
+}
+
+/// Who may read what comes from this source, or from stdin.
+fn access(source: Option<&Disk>) -> Access {
+    let layers = source.map_or(0, |source| source.capabilities().layers);
+    let paths: Option<Vec<_>> = (0..layers).map(|depth| source.and_then(|source| source.layer_path(depth))).collect();
+    Access::of_all(paths.iter().flatten().map(PathBuf::as_path))
 }
 
 fn is_stream(path: &Path) -> bool {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use uuid::Uuid;
-use vhd_core::chain::{ChildOptions, create_child, create_link};
+use vhd_core::chain::{ChildOptions, create_child, create_link, refuse_replacing};
 use vhd_core::format::{Creator, DEFAULT_BLOCK_SIZE, Timestamp};
 use vhd_core::image::{CreateOptions, NewKind, create_file};
 use vhd_core::{Error, ErrorKind};
@@ -49,6 +49,9 @@ pub struct CreateArgs {
     /// Replace an existing file
     #[arg(long)]
     overwrite: bool,
+    /// With --overwrite: although children of the file that is replaced are lost
+    #[arg(long, requires = "overwrite")]
+    force: bool,
     #[command(flatten)]
     chain: ChainArgs,
 }
@@ -95,6 +98,8 @@ struct Document<'a> {
 impl CreateArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         let uuid = self.uuid.unwrap_or_else(Uuid::new_v4);
+        let lost = if self.overwrite { refuse_replacing(&self.image, self.force)? } else { Vec::new() };
+        lost.iter().for_each(|lost| context.note(&format!("{}: is lost: it can't be opened any more", lost.display())));
         let mut created = match (&self.parent, &self.link) {
             (None, Some(device)) => create_link(&self.image, device, uuid.into_bytes(), self.overwrite),
             (Some(parent), _) => {

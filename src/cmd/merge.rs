@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 use vhd_core::Error;
+use vhd_core::intent::Named;
 use vhd_core::ops::merge::{MergeOptions, MergePlan, execute, plan};
 
 use super::ChainArgs;
@@ -19,6 +20,9 @@ pub struct MergeArgs {
     /// The image that takes it, and that of all images between: the parent by default
     #[arg(long, value_name = "ANCESTOR")]
     into: Option<PathBuf>,
+    /// An image between, or a child of the child, that is in another folder; may be given more than once
+    #[arg(long, value_name = "IMAGE")]
+    with: Vec<PathBuf>,
     /// Remove the child and the images between when it is done
     #[arg(long)]
     delete: bool,
@@ -40,7 +44,7 @@ pub(super) struct Document<'a> {
     between: Vec<ShownPath<'a>>,
     /// The child's own children, which become the ancestor's.
     reparented: Vec<ShownPath<'a>>,
-    /// Other children, which can't be opened afterwards.
+    /// Other children, and images between that stay, which can't be opened afterwards.
     lost: Vec<ShownPath<'a>>,
     /// Bytes that are moved.
     data: u64,
@@ -57,7 +61,7 @@ pub(super) struct Document<'a> {
 impl MergeArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         let chain = self.open.options(false, false);
-        let options = MergeOptions { into: self.into.clone(), delete: self.delete, force: self.force };
+        let options = MergeOptions { into: self.into.clone(), with: self.with.clone(), delete: self.delete, force: self.force };
         let plan = plan(&self.child, &options, &chain)?;
         if !self.dry_run {
             let merged = context.with_progress("merge", |progress| execute(&plan, &options, &chain, progress));
@@ -73,8 +77,8 @@ pub(super) fn document(plan: &MergePlan, done: bool) -> Document<'_> {
     Document {
         child: ShownPath(&member.leaf),
         into: ShownPath(&member.target),
-        between: member.between.iter().map(|path| ShownPath(path)).collect(),
-        reparented: member.children.iter().map(|path| ShownPath(path)).collect(),
+        between: member.between.iter().map(|named| ShownPath(&named.path)).collect(),
+        reparented: member.children.iter().map(|named| ShownPath(&named.path)).collect(),
         lost: plan.lost.iter().map(|path| ShownPath(path)).collect(),
         data: plan.data,
         zeros: plan.zeros,
@@ -88,10 +92,10 @@ pub(super) fn document(plan: &MergePlan, done: bool) -> Document<'_> {
 pub(super) fn text(plan: &MergePlan, done: bool) -> String {
     let member = &plan.member;
     let mut text = String::new();
-    let [verb, removed, reparented] = if done {
-        ["merged", "removed", "is its child now"]
+    let [verb, removed, reparented, lost] = if done {
+        ["merged", "removed", "is its child now", "is lost: it can't be opened any more"]
     } else {
-        ["would merge", "would be removed", "would become its child"]
+        ["would merge", "would be removed", "would become its child", "would be lost: it could not be opened any more"]
     };
     let resumed = if plan.is_resumed() { ", going on where it was interrupted" } else { "" };
     let (leaf, target) = (from_here(&member.leaf), from_here(&member.target));
@@ -101,17 +105,18 @@ pub(super) fn text(plan: &MergePlan, done: bool) -> String {
         let grows = if done { "has" } else { "would grow to" };
         let _ = writeln!(text, "  {target} {grows} {size} bytes{}", if done { " now" } else { "" });
     }
-    for path in &member.between {
+    for Named { path, .. } in &member.between {
         let _ = writeln!(text, "  with {}", from_here(path));
     }
-    for path in &member.children {
+    for Named { path, .. } in &member.children {
         let _ = writeln!(text, "  {} {reparented}", from_here(path));
     }
     for path in &plan.lost {
-        let _ = writeln!(text, "  {} is lost: it can't be opened any more", from_here(path));
+        let _ = writeln!(text, "  {} {lost}", from_here(path));
     }
     if member.delete {
-        for path in std::iter::once(&member.leaf).chain(&member.between) {
+        let between = member.between.iter().map(|named| &named.path);
+        for path in std::iter::once(&member.leaf).chain(between) {
             let _ = writeln!(text, "  {} {removed}", from_here(path));
         }
     }

@@ -145,6 +145,9 @@ pub struct ChainArgs {
     /// Which size in the footer counts
     #[arg(long, value_name = "WHICH")]
     pub force_size: Option<ForceSize>,
+    /// Read an image although a record beside it says that an operation is half done; read-only
+    #[arg(long)]
+    pub ignore_record: bool,
     /// Move data past the host's page cache, where the file system can
     #[arg(long)]
     pub direct: bool,
@@ -180,7 +183,9 @@ impl ChainArgs {
                 any_parent: self.any_parent,
                 parent_dirs: self.parent_dir.clone(),
                 raw_parent: self.raw_parent.clone(),
+                ..ParentPolicy::default()
             },
+            ignore_record: self.ignore_record,
             direct: self.direct,
             ..ChainOptions::default()
         }

@@ -139,7 +139,7 @@ mod tests {
         std::fs::write(&path, b"old").unwrap();
         let journal = Journal::without_barrier(without);
         let host = RecordingHost::new(folder.path(), &journal);
-        put_file(&host, &path, b"new content").unwrap();
+        put_file(&host, &path, b"new content", &vhd_core::storage::Access::Umask).unwrap();
         journal.mark(0);
         let mut states = HashSet::new();
         let mut visit = |state: &CrashState| {

@@ -44,7 +44,7 @@ fn a_parent_elsewhere_is_opened_when_allowed() {
 fn another_image_in_the_place_of_the_parent_is_refused() {
     let folder = chain();
     let dir = folder.path();
-    done(dir, "create --overwrite base.vhd --size 4M");
+    done(dir, "create --overwrite --force base.vhd --size 4M");
     let error = json(dir, "read leaf.vhd --offset 0 --length 4", 2);
     assert_eq!(error["error"]["kind"], "parent");
     let message = error["error"]["message"].as_str().unwrap();

@@ -14,5 +14,6 @@ mod machine_limits;
 mod machines;
 mod machines_kernel;
 mod operations;
+mod records;
 #[path = "../support/mod.rs"]
 mod support;

@@ -9,6 +9,7 @@
 
 pub mod block;
 pub mod chain;
+mod command;
 pub mod error;
 pub mod format;
 pub mod guestfs;

@@ -11,9 +11,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
-use vhd_core::chain::ChainOptions;
+use vhd_core::chain::{Chain, ChainOptions};
 use vhd_core::format::DiskType;
 use vhd_core::image::NewKind;
+use vhd_core::intent::{self, Intent};
 use vhd_core::ops::check::{CheckOptions, Code, check};
 use vhd_core::ops::compact::{CompactOptions, compact};
 use vhd_core::ops::in_place::{InPlaceOptions, convert_in_place};
@@ -22,7 +23,7 @@ use vhd_core::ops::repair::{RepairMode, repair};
 use vhd_core::ops::reparent::reparent;
 use vhd_core::ops::resize::{ResizeOptions, resize};
 use vhd_core::ops::undo;
-use vhd_core::storage::FileStorage;
+use vhd_core::storage::{FileStorage, LocalHost};
 use vhd_core::{Disk, Error, ErrorKind, Progress};
 
 use self::support::{assert_error, files_of, new_child, new_image, open, options, read_all};
@@ -217,8 +218,8 @@ fn a_record_without_its_child_leaves_the_target_alone() {
     assert!(fs::read(it.path("base.vhd")).unwrap() == base && it.record().exists());
 }
 
-#[test]
-fn a_pointer_whose_record_is_gone_stops_nothing() {
+/// Two images whose common undo session has a commit that was interrupted.
+fn interrupted_commit() -> (TempDir, Vec<PathBuf>) {
     let folder = tempfile::tempdir_in("/dev/shm").unwrap();
     let images: Vec<_> = ["one.vhd", "two.vhd"].map(|name| folder.path().join(name)).into();
     images.iter().for_each(|image| new_image(image, NewKind::Dynamic, 64 << 10, 4096));
@@ -227,10 +228,34 @@ fn a_pointer_whose_record_is_gone_stops_nothing() {
     let stopped = Progress::default();
     stopped.cancel();
     undo::commit(&images, None, false, &options(false), &stopped).unwrap_err();
-    let decisive = folder.path().join("one.vhd.vhd-intent");
-    assert!(decisive.exists() && folder.path().join("two.vhd.vhd-intent").exists());
-    assert!(disk(&images[1], &forced()).unwrap_err().to_string().contains("vhd undo commit"));
-    // Where the record that decides never came to be, the session is as it was.
-    fs::remove_file(&decisive).unwrap();
+    (folder, images)
+}
+
+#[test]
+fn the_record_beside_one_image_of_a_commit_is_enough() {
+    for gone in ["one.vhd.vhd-intent", "two.vhd.vhd-intent"] {
+        let (folder, images) = interrupted_commit();
+        fs::remove_file(folder.path().join(gone)).unwrap();
+        let left = &images[usize::from(gone.starts_with("one"))];
+        assert!(disk(left, &forced()).unwrap_err().to_string().contains("vhd undo commit"));
+        undo::commit(&images, None, false, &options(false), &Progress::default()).unwrap();
+        images.iter().for_each(|image| assert_eq!(read_all(&open(image, false))[..9_000], [3; 9_000]));
+        assert_eq!(files_of(folder.path()).len(), 2);
+    }
+}
+
+#[test]
+fn a_former_pointer_whose_record_is_gone_stops_nothing() {
+    let (folder, images) = interrupted_commit();
+    let uuid = Chain::open_image(&images[1], &ChainOptions { resuming: true, ..options(false) }).unwrap().footer().uuid();
+    fs::remove_file(folder.path().join("one.vhd.vhd-intent")).unwrap();
+    let pointer = |record: &str| {
+        let part = Intent::PartOf { record: record.into(), uuids: vec![uuid::Uuid::from_bytes(uuid)] };
+        intent::put(&LocalHost, &images[1], &part).unwrap();
+    };
+    pointer("one.vhd.vhd-intent");
     disk(&images[1], &options(false)).unwrap();
+    // Another folder is not looked at, whatever is there.
+    pointer("../elsewhere/one.vhd.vhd-intent");
+    assert!(disk(&images[1], &options(false)).unwrap_err().to_string().contains("vhd undo commit"));
 }

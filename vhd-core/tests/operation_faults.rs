@@ -115,7 +115,7 @@ fn to_size(folder: &Path, size: u64, on: &ChainOptions, progress: &Progress) -> 
 }
 
 fn merge(folder: &Path, on: &ChainOptions, progress: &Progress) -> Result<(), Error> {
-    let how = MergeOptions { into: Some(disk(folder)), delete: true, force: false };
+    let how = MergeOptions { into: Some(disk(folder)), delete: true, ..MergeOptions::default() };
     execute(&plan(&folder.join("leaf.vhd"), &how, on)?, &how, on, progress)
 }
 

@@ -22,9 +22,11 @@ use vhd_testkit::crash::Effort;
 use vhd_testkit::fault_host::FaultHost;
 
 use self::support::sabotage::{Barriers, Operation, Run};
-use self::support::{files_of, new_child, new_image, open, options};
+use self::support::{assert_error, files_of, new_child, new_image, open, options};
 
 const NAMES: [&str; 2] = ["one/system.vhd", "two/data.vhd"];
+/// The same in one folder.
+const TOGETHER: [&str; 2] = ["system.vhd", "data.vhd"];
 
 struct Session {
     folder: TempDir,
@@ -33,8 +35,17 @@ struct Session {
 impl Session {
     /// Images that hold 1, and changes that make them hold 2.
     fn new() -> Self {
+        Self::of(&NAMES)
+    }
+
+    /// The same, in one folder.
+    fn together() -> Self {
+        Self::of(&TOGETHER)
+    }
+
+    fn of(names: &[&str]) -> Self {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-        for name in NAMES {
+        for name in names {
             let path = folder.path().join(name);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             new_image(&path, NewKind::Dynamic, 32 << 10, 4096);
@@ -54,7 +65,8 @@ impl Session {
 }
 
 fn images(folder: &Path) -> Vec<PathBuf> {
-    NAMES.iter().map(|name| folder.join(name)).collect()
+    let names = if folder.join(NAMES[0]).exists() { NAMES } else { TOGETHER };
+    names.iter().map(|name| folder.join(name)).collect()
 }
 
 fn commit(images: &[PathBuf], chain: &ChainOptions) -> Result<(), vhd_core::Error> {
@@ -138,7 +150,7 @@ fn a_merge_takes_no_part_out_of_a_session() {
     let above = undo.with_file_name("above.vhd");
     new_child(&above, &undo);
     for (leaf, delete) in [(&undo, true), (&undo, false), (&above, true)] {
-        let how = MergeOptions { into: Some(images[1].clone()), delete, force: false };
+        let how = MergeOptions { into: Some(images[1].clone()), delete, ..MergeOptions::default() };
         let error = plan(leaf, &how, &options(false)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Refused);
         assert!(error.to_string().contains("vhd undo commit"), "{error}");
@@ -252,7 +264,8 @@ fn judge_commit(images: &[PathBuf], done: bool) -> Result<(), String> {
     }
 }
 
-/// Either both are pending, or both can only be discarded; the images are never touched.
+/// Either both are pending, or both can only be discarded; the images are never touched. (Of a session over several folders,
+/// one does not know of the other: who opens an image has not named other folders.)
 fn judge_discard(images: &[PathBuf], done: bool) -> Result<(), String> {
     if images.iter().any(|image| held(image) != Ok(1)) {
         return Err("an image changed".into());
@@ -266,6 +279,28 @@ fn judge_discard(images: &[PathBuf], done: bool) -> Result<(), String> {
         undo::discard(images, None, false, &options(false)).map_err(|error| format!("again: {error}"))?;
     }
     images.iter().try_for_each(|image| Disk::open(image, &options(true)).map(drop)).map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_session_over_several_folders_ends_where_all_are_named() {
+    let session = Session::new();
+    let [one, two] = [0, 1].map(|index| session.images()[index].clone());
+    for only in [&one, &two] {
+        let only = std::slice::from_ref(only);
+        assert_error(&commit(only, &options(false)).unwrap_err(), ErrorKind::InvalidInput, "name all of its images");
+        let discarded = undo::discard(only, None, false, &options(false));
+        assert_error(&discarded.unwrap_err(), ErrorKind::InvalidInput, "name all of its images");
+    }
+    // Half discarded: what is left is not committed, and goes when all are named.
+    std::fs::remove_file(one.with_extension("vud")).unwrap();
+    let both = [one.clone(), two.clone()];
+    assert!(commit(&both, &options(false)).is_err() && held(&two) == Ok(1));
+    undo::discard(&both, None, false, &options(false)).unwrap();
+    assert!(!two.with_extension("vud").exists());
+    undo::start(&both, None, &options(false)).unwrap();
+    both.iter().for_each(|image| drop(open(&image.with_extension("vud"), true).write_at(&[2; 10_000], 0)));
+    commit(&both, &options(false)).unwrap();
+    assert_eq!((held(&one), held(&two)), (Ok(2), Ok(2)));
 }
 
 /// Whatever fails, and whether or not the host still takes names away: no undo disk is left, or the error names it.
@@ -326,8 +361,8 @@ fn operations(visit: &mut dyn FnMut(&Operation<'_>, &Run<'_>)) {
     visit(&Operation::new("undo commit", Session::new().folder, &commit, &judge), &finish);
     let discard = |folder: &Path, chain: &ChainOptions| drop(undo::discard(&images(folder), None, false, chain));
     let judge = |folder: &Path, done: bool| judge_discard(&images(folder), done);
-    visit(&Operation::new("undo discard", Session::new().folder, &discard, &judge), &discard);
-    let session = Session::new();
+    visit(&Operation::new("undo discard", Session::together().folder, &discard, &judge), &discard);
+    let session = Session::together();
     undo::discard(&session.images(), None, false, &options(false)).unwrap();
     let start = |folder: &Path, chain: &ChainOptions| drop(undo::start(&images(folder), None, chain));
     let judge = |folder: &Path, done: bool| judge_start(&images(folder), done);

@@ -4,14 +4,14 @@ use std::path::{Component, Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::find::is_vhd_name;
+use super::find::{find_children, is_vhd_name, uuid_of_file};
 use super::linked::refuse_linked;
 use super::{Chain, ChainOptions, Layer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Creator, DEFAULT_BLOCK_SIZE, PlatformCode, Timestamp};
-use crate::image::{CreateOptions, Created, Image, NewKind, OpenOptions, ParentLink, create_file_on};
+use crate::image::{CreateOptions, Created, Footers, Image, NewKind, OpenOptions, ParentLink, create_file_for, refusal};
 use crate::intent;
-use crate::storage::{FileStorage, Host, LockMode, folder_of};
+use crate::storage::{Access, FileStorage, Host, LockMode, folder_of};
 
 /// A new differencing image.
 #[derive(Clone, Debug)]
@@ -57,11 +57,12 @@ impl ChildOptions {
 /// # Errors
 /// `Locked` when someone writes to the parent; `InvalidInput`; those of [`create_file`](crate::image::create_file).
 pub fn create_child(path: &Path, parent: &Path, options: &ChildOptions, open: &ChainOptions) -> Result<Created> {
+    open.refuse_ignoring(parent)?;
     // The image of an undo session is one whatever its name: it was opened as that.
     let (layer, uuid) = if is_vhd_name(parent) || options.session.is_some() {
         let image = Chain::open_image(parent, open)?;
         refuse_linked(&image, "can't be a parent")?;
-        refuse_unfinished(parent, &image, open)?;
+        refuse_unfinished(path, parent, &image, open)?;
         let uuid = image.footer().uuid();
         (Layer::Image(image), uuid)
     } else {
@@ -86,13 +87,61 @@ pub fn create_child(path: &Path, parent: &Path, options: &ChildOptions, open: &C
     create_over(&*open.host, path, parent, &Basis { uuid, size, block }, options, notes)
 }
 
+/// Refuses to replace the file at `path` where it is an image that others need: one with children beside it, one that a saved
+/// state relies on, one that an operation has in hand. With `force` it returns what is lost; nothing where nothing is there.
+///
+/// # Errors
+/// `Refused`; as the file can't be opened.
+pub fn refuse_replacing(path: &Path, force: bool) -> Result<Vec<PathBuf>> {
+    if !std::fs::metadata(path).is_ok_and(|found| found.is_file()) {
+        return Ok(Vec::new());
+    }
+    let uuid = uuid_of_file(path)?;
+    let lost = uuid.filter(|uuid| *uuid != [0; 16]).map_or_else(Vec::new, |uuid| find_children(path, uuid));
+    if force {
+        return Ok(lost);
+    }
+    let refused = |message: String| Err(Error::new(ErrorKind::Refused, message).at(path));
+    if let Some(child) = lost.first() {
+        return refused(format!(
+            "is the parent of {}: replacing it would destroy that image; use --force if it may be lost",
+            child.display()
+        ));
+    }
+    intent::refuse(path, uuid, &[])?;
+    let footers = Footers::read(&FileStorage::open(path, false)?).map_err(|error| Error::io(error, "can't be read").at(path))?;
+    if let Some((stage, footer)) = footers.stage() {
+        return Err(refusal(path, stage, &footer));
+    }
+    if footers.authority(false).is_ok_and(|(footer, _)| footer.saved_state()) {
+        return refused("a virtual machine's saved state relies on it; discard that first, or use --force".into());
+    }
+    Ok(lost)
+}
+
+/// Refuses a child that would take the place of its own parent, or of one above that: the chain would be a loop.
+fn refuse_cycle(path: &Path, chain: &Chain) -> Result<()> {
+    let Ok(own) = FileStorage::open(path, false).and_then(|file| file.identity()) else { return Ok(()) };
+    for layer in chain.layers() {
+        if FileStorage::open(layer.path(), false)?.identity()? == own {
+            let message = format!(
+                "is an image of the chain of {}, so it can't be replaced by a child of it",
+                chain.layers()[0].path().display()
+            );
+            return Err(Error::new(ErrorKind::Refused, message).at(path));
+        }
+    }
+    Ok(())
+}
+
 /// Refuses a parent that an unfinished operation has in hand, or of whose own parents one has: what it makes of them would
 /// spoil the child, and it would not know of it.
-fn refuse_unfinished(parent: &Path, image: &Image, open: &ChainOptions) -> Result<()> {
+fn refuse_unfinished(path: &Path, parent: &Path, image: &Image, open: &ChainOptions) -> Result<()> {
     intent::refuse(parent, Some(image.footer().uuid()), &[])?;
     let look = ChainOptions { image: OpenOptions { writable: false, ..open.image.clone() }, ..open.clone() };
     match Chain::open(parent, &look) {
         Ok(chain) => {
+            refuse_cycle(path, &chain)?;
             let mut images = chain.layers().iter().filter_map(Layer::image);
             images.try_for_each(|image| intent::refuse(image.path(), Some(image.footer().uuid()), &[]))
         }
@@ -159,7 +208,7 @@ fn create_over(
         creator: options.creator,
         timestamp: options.timestamp,
     };
-    let mut created = create_file_on(host, path, &create, options.overwrite)?;
+    let mut created = create_file_for(host, path, &create, options.overwrite, &Access::of(parent))?;
     if options.protect_parent {
         protect(parent)?;
     }

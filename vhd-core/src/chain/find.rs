@@ -11,7 +11,7 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{DynamicHeader, LocatorEntry, PlatformCode};
+use crate::format::{DynamicHeader, LocatorEntry, PlatformCode, Stage};
 use crate::image::{Footers, Image};
 use crate::intent;
 use crate::storage::{FileStorage, Storage, folder_of};
@@ -28,6 +28,8 @@ pub struct ParentPolicy {
     pub any_parent: bool,
     /// Folders that are searched by identifier.
     pub parent_dirs: Vec<PathBuf>,
+    /// Images that the call names: each is a parent where it has the identifier, wherever it is.
+    pub images: Vec<PathBuf>,
     /// The raw file or device at the end of the chain: only ever opened because it is named here.
     pub raw_parent: Option<PathBuf>,
 }
@@ -179,6 +181,13 @@ fn find_parent_below(
             }
         }
     }
+    for image in &policy.images {
+        if let Ok(storage) = FileStorage::open(image, false)
+            && uuid_of(&storage).is_some_and(|uuid| uuid == expected || intent::was_renamed(image, uuid, expected, above))
+        {
+            return Ok(storage);
+        }
+    }
     for dir in &policy.parent_dirs {
         if let Some(storage) = search(dir, expected) {
             return Ok(storage);
@@ -300,9 +309,14 @@ pub(crate) fn uuid_of_file(path: &Path) -> Result<Option<[u8; 16]>> {
     Ok(uuid_of(&FileStorage::open(path, false)?))
 }
 
+/// The identifier of an image, and of one that is half made, too: but for what takes the content of another file, whose it has.
 fn uuid_of(storage: &dyn Storage) -> Option<[u8; 16]> {
-    let (footer, _) = Footers::read(storage).ok()?.authority(true).ok()?;
-    Some(footer.uuid())
+    let footers = Footers::read(storage).ok()?;
+    match footers.stage() {
+        Some((Stage::ConvertTarget, _)) => None,
+        Some((_, footer)) => Some(footer.uuid()),
+        None => footers.authority(true).ok().map(|(footer, _)| footer.uuid()),
+    }
 }
 
 /// The VHDs of a folder, a bounded number of them.
@@ -336,8 +350,14 @@ fn children(path: &Path, own: Option<(u64, u64)>, uuid: [u8; 16]) -> impl Iterat
     folders.flat_map(|folder| vhds_in(&folder)).filter(is_child).map(|child| child.path().to_owned())
 }
 
+/// True when the image at `path` is a child of the one with this identifier.
+pub(crate) fn is_child_of(path: &Path, uuid: [u8; 16]) -> Result<bool> {
+    Ok(parent_uuid_of(&FileStorage::open(path, false)?) == Some(uuid))
+}
+
 fn parent_uuid_of(storage: &dyn Storage) -> Option<[u8; 16]> {
-    let (footer, _) = Footers::read(storage).ok()?.authority(true).ok()?;
+    let footers = Footers::read(storage).ok()?;
+    let footer = footers.stage().map(|(_, footer)| footer).or_else(|| footers.authority(true).ok().map(|(footer, _)| footer))?;
     let at = footer.header_offset()?;
     if footer.disk_type() != crate::format::DiskType::Differencing {
         return None;

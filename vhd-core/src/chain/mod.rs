@@ -15,9 +15,11 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use child::{ChildOptions, create_child, link_to};
+pub use child::{ChildOptions, create_child, link_to, refuse_replacing};
 pub(crate) use child::{create_over_open, relative_to};
-pub(crate) use find::{Lead, find_children, find_parent_of, follow_locator, locator_paths, uuid_of_file, windows_paths};
+pub(crate) use find::{
+    Lead, find_children, find_parent_of, follow_locator, is_child_of, locator_paths, uuid_of_file, windows_paths,
+};
 pub use find::{Locator, ParentPolicy, is_vhd_name, read_locators};
 pub(crate) use linked::refuse_linked;
 pub use linked::{LinkedDisk, create_link};

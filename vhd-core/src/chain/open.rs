@@ -12,8 +12,8 @@ use super::session::refuse_incomplete;
 use super::{Chain, Layer, ParentPolicy, RawFile};
 use crate::block::Disk;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{DiskType, Timestamp};
-use crate::image::{Image, OpenOptions};
+use crate::format::{DiskType, Footer, Stage, Timestamp};
+use crate::image::{Footers, Image, OpenOptions, Staged, refusal};
 use crate::intent;
 use crate::storage::{FileStorage, Host, LocalHost, LockMode, Storage};
 
@@ -33,6 +33,8 @@ pub struct ChainOptions {
     pub direct: bool,
     /// True for the operation that an intent record beside the image belongs to: it goes on where others are refused.
     pub resuming: bool,
+    /// Reads images although a record beside them says that an operation is half done; never for writing.
+    pub ignore_record: bool,
     /// What is opened for reading is refused where opening it for writing would be: for a dry run. The lock is a reader's.
     pub rehearsal: bool,
 }
@@ -40,11 +42,34 @@ pub struct ChainOptions {
 impl Default for ChainOptions {
     fn default() -> Self {
         let (image, parents) = Default::default();
-        Self { image, parents, host: Arc::new(LocalHost), direct: false, resuming: false, rehearsal: false }
+        Self { image, parents, host: Arc::new(LocalHost), direct: false, resuming: false, ignore_record: false, rehearsal: false }
     }
 }
 
 impl ChainOptions {
+    /// Refuses an image that an unfinished operation has in hand; or warns, where that is to be read past.
+    pub(crate) fn refuse_recorded(&self, image: &Path, uuid: Option<[u8; 16]>, above: &[[u8; 16]]) -> Result<()> {
+        if self.resuming {
+            return Ok(());
+        }
+        match intent::refuse(image, uuid, above) {
+            Err(error) if self.ignore_record && error.kind() == ErrorKind::Refused => {
+                tracing::warn!("{error}; it is read all the same");
+                Ok(())
+            }
+            refused => refused,
+        }
+    }
+
+    /// Refuses to read past records where something is written.
+    pub(crate) fn refuse_ignoring(&self, image: &Path) -> Result<()> {
+        if !self.ignore_record {
+            return Ok(());
+        }
+        let message = "--ignore-record is for reading only: what is half done is finished first, or its record cleared";
+        Err(Error::new(ErrorKind::InvalidInput, message).at(image))
+    }
+
     /// True when the leaf is written to, or it is seen whether it could be.
     fn writes(&self) -> bool {
         self.image.writable || self.rehearsal
@@ -76,36 +101,20 @@ impl Chain {
         options: &ChainOptions,
         before: &mut dyn FnMut(&Arc<dyn Storage>) -> Result<()>,
     ) -> Result<(Self, Arc<FileStorage>)> {
+        if options.writes() {
+            options.refuse_ignoring(path)?;
+        }
         let (storage, image) = open_leaf(path, options)?;
         if options.writes() {
             refuse_linked(&image, "is only read")?;
         }
+        options.refuse_recorded(path, Some(image.footer().uuid()), &[])?;
         if !options.resuming {
-            intent::refuse(path, Some(image.footer().uuid()), &[])?;
             refuse_incomplete(&image)?;
         }
-        let mut layers = vec![Layer::Image(Arc::clone(&image))];
-        let mut seen = HashSet::from([storage.identity()?]);
-        let mut above = vec![image.footer().uuid()];
-        let mut child = image;
-        while child.footer().disk_type() == DiskType::Differencing {
-            if layers.len() == MAX_DEPTH {
-                let message = format!("has more than {MAX_DEPTH} images in its chain");
-                return Err(Error::new(ErrorKind::Unsupported, message).at(path));
-            }
-            let layer = open_parent(&child, options, &mut seen, &above).map_err(|error| error.at(child.path()))?;
-            layers.push(layer.clone());
-            match layer {
-                Layer::Image(image) => {
-                    above.push(image.footer().uuid());
-                    child = image;
-                }
-                Layer::Raw(_) => break,
-            }
-        }
+        let mut layers = with_parents(image, storage.identity()?, path, options)?;
         // Only now, when nothing can fail but the leaf itself, may it be changed.
         if options.image.writable {
-            drop(child);
             let storage = options.host.adopt(Arc::clone(&storage));
             before(&storage).map_err(|error| error.at(path))?;
             layers[0] = Layer::Image(Image::open(storage, path, &options.image)?);
@@ -114,6 +123,24 @@ impl Chain {
         }
         let leaf = layers.remove(0);
         Ok((Self::over(leaf, layers), storage))
+    }
+
+    /// As [`Self::open`], of a leaf whose file is open and locked already, as an operation on it has it. It is read and written
+    /// through `storage`.
+    pub(crate) fn open_held(path: &Path, file: &FileStorage, storage: Arc<dyn Storage>, options: &ChainOptions) -> Result<Self> {
+        let look = OpenOptions { writable: false, ..options.image.clone() };
+        let image = Image::open(Arc::clone(&storage), path, &look)?;
+        let mut layers = with_parents(image, file.identity()?, path, options)?;
+        if options.image.writable {
+            layers[0] = Layer::Image(Image::open(storage, path, &options.image)?);
+        }
+        let leaf = layers.remove(0);
+        Ok(Self::over(leaf, layers))
+    }
+
+    /// A raw file that is open and locked already, as a disk.
+    pub(crate) fn raw_held(path: &Path, storage: Arc<dyn Storage>, read_only: bool) -> Result<Self> {
+        Ok(Self::of(Layer::Raw(Arc::new(RawFile::new(storage, path, read_only)?))))
     }
 
     /// Opens one image without its parents: for looking at it.
@@ -153,13 +180,35 @@ impl Disk {
     }
 }
 
+/// A leaf and all its parents. `identity` is that of the leaf's file.
+fn with_parents(leaf: Arc<Image>, identity: (u64, u64), path: &Path, options: &ChainOptions) -> Result<Vec<Layer>> {
+    let mut seen = HashSet::from([identity]);
+    let mut above = vec![leaf.footer().uuid()];
+    let mut layers = vec![Layer::Image(Arc::clone(&leaf))];
+    let mut child = leaf;
+    while child.footer().disk_type() == DiskType::Differencing {
+        if layers.len() == MAX_DEPTH {
+            let message = format!("has more than {MAX_DEPTH} images in its chain");
+            return Err(Error::new(ErrorKind::Unsupported, message).at(path));
+        }
+        let layer = open_parent(&child, options, &mut seen, &above).map_err(|error| error.at(child.path()))?;
+        layers.push(layer.clone());
+        match layer {
+            Layer::Image(image) => {
+                above.push(image.footer().uuid());
+                child = image;
+            }
+            Layer::Raw(_) => break,
+        }
+    }
+    Ok(layers)
+}
+
 fn open_raw(path: &Path, options: &ChainOptions, above: &[[u8; 16]]) -> Result<Arc<RawFile>> {
     let writable = options.image.writable;
     let storage = open_file(path, writable, options)?;
     storage.lock(if writable { LockMode::Write } else { LockMode::Read })?;
-    if !options.resuming {
-        intent::refuse(path, None, above)?;
-    }
+    options.refuse_recorded(path, None, above)?;
     let storage = if writable { options.host.adopt(storage) } else { storage };
     Ok(Arc::new(RawFile::new(storage, path, !writable)?))
 }
@@ -178,8 +227,16 @@ fn open_leaf(path: &Path, options: &ChainOptions) -> Result<(Arc<FileStorage>, A
     }
     let storage = open_file(path, writable, options)?;
     storage.lock(if writable { LockMode::Write } else { LockMode::Read })?;
+    storage.refuse_renamed()?;
     let look = OpenOptions { writable: false, ..options.image.clone() };
-    let image = Image::open(Arc::clone(&storage) as _, path, &look);
+    let image = match stage_of(&*storage) {
+        // What a merge did not come to is in the child still; who reads past its record was told.
+        Some((Stage::Merge, footer)) if options.ignore_record => {
+            tracing::warn!("{}: a merge into it is half done; it is read all the same", path.display());
+            Image::open(Staged::over(Arc::clone(&storage) as _, Stage::Merge, footer.disk_type()), path, &look)
+        }
+        _ => Image::open(Arc::clone(&storage) as _, path, &look),
+    };
     let image = image.map_err(|error| if options.resuming { error } else { intent::explain(path, error) })?;
     let uuid = image.footer().uuid();
     if options.writes()
@@ -194,6 +251,10 @@ fn open_leaf(path: &Path, options: &ChainOptions) -> Result<(Arc<FileStorage>, A
         return Err(Error::new(ErrorKind::Refused, message).at(path));
     }
     Ok((storage, image))
+}
+
+fn stage_of(storage: &dyn Storage) -> Option<(Stage, Footer)> {
+    Footers::read(storage).ok().and_then(|footers| footers.stage())
 }
 
 fn open_parent(child: &Arc<Image>, options: &ChainOptions, seen: &mut HashSet<(u64, u64)>, above: &[[u8; 16]]) -> Result<Layer> {
@@ -225,12 +286,19 @@ fn open_parent(child: &Arc<Image>, options: &ChainOptions, seen: &mut HashSet<(u
     }
     storage.lock(LockMode::Read)?;
     let path = storage.path().to_owned();
-    if !options.resuming {
-        intent::refuse(&path, Some(expected), above)?;
-    }
+    options.refuse_recorded(&path, Some(expected), above)?;
     note_timestamp(&path, header.parent_timestamp());
     let look = OpenOptions { writable: false, ..options.image.clone() };
-    Ok(Layer::Image(Image::open(Arc::new(storage), &path, &look)?))
+    let storage: Arc<dyn Storage> = Arc::new(storage);
+    let storage = match stage_of(&*storage) {
+        // The record was looked at above: what it lacks is still in the child through which it is opened.
+        Some((Stage::Merge, footer)) if options.resuming || options.ignore_record || intent::is_merged_into(&path, above) => {
+            Staged::over(storage, Stage::Merge, footer.disk_type())
+        }
+        Some((stage, footer)) => return Err(intent::explain(&path, refusal(&path, stage, &footer))),
+        None => storage,
+    };
+    Ok(Layer::Image(Image::open(storage, &path, &look)?))
 }
 
 /// A time stamp that differs means little (a copied file, a change of clocks), so it is only noted.

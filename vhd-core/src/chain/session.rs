@@ -1,6 +1,10 @@
 //! What an undo disk says of its session: which other undo disks belong to it. They are kept or given up as one.
+//!
+//! It is a stranger's word, as all that lies beside an image: it says when images are missing in a call, and never which files
+//! are written or removed.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -9,10 +13,13 @@ use super::child::relative_to;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::PlatformCode;
 use crate::image::{Image, OpenOptions};
-use crate::storage::{FileStorage, folder_of, resolve};
+use crate::intent::lexically;
+use crate::storage::{Beneath, FileStorage, folder_of, open_beneath};
 
 /// Bytes of a session's text that are read.
 const MAX_LEN: u32 = 1 << 20;
+/// Disks of a session at most: more than any machine has, and few enough to look at each when one is opened.
+const MAX_MEMBERS: usize = 256;
 
 /// An undo session: images, each with the differencing image that takes its changes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,10 +37,17 @@ pub struct UndoMember {
     pub image: PathBuf,
     /// The undo disk: what is written meanwhile.
     pub undo: PathBuf,
+    /// The image's identifier; unknown of sessions of a former version.
+    #[serde(default)]
+    pub image_uuid: Option<Uuid>,
+    /// The undo disk's identifier.
+    #[serde(default)]
+    pub undo_uuid: Option<Uuid>,
 }
 
 impl UndoSession {
-    /// The session that an image is an undo disk of, with paths that lead somewhere; `None` for other images.
+    /// The session that an image is an undo disk of, with the paths that it means; `None` for other images. No other file is
+    /// looked at.
     ///
     /// # Errors
     /// `Corrupt` when what it says is not understood; as the host fails.
@@ -47,11 +61,20 @@ impl UndoSession {
         let mut bytes = vec![0; entry.data_length as usize];
         image.storage().read_at(&mut bytes, entry.data_offset).map_err(|error| image.read_error(error, entry.data_offset))?;
         let session: Self = serde_json::from_slice(&bytes).map_err(|error| corrupt(format!("is not understood: {error}")))?;
-        Ok(Some(session.map_paths(|path| resolve(&folder_of(image.path()).join(path)))))
+        if session.members.len() > MAX_MEMBERS {
+            return Err(corrupt(format!("has {} disks, {MAX_MEMBERS} at most", session.members.len())));
+        }
+        let folder = folder_of(image.path());
+        let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+        Ok(Some(session.map_paths(|path| lexically(&folder.join(path)))))
     }
 
     /// As an undo disk in `folder` has it: files that are moved together stay together.
     pub(crate) fn to_bytes(&self, folder: &Path) -> Result<Vec<u8>> {
+        if self.members.len() > MAX_MEMBERS {
+            let message = format!("{} images for one undo session, {MAX_MEMBERS} at most", self.members.len());
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
         let relative = self.map_paths(|path| relative_to(path, folder));
         let mut named = relative.members.iter().flat_map(|member| [&member.image, &member.undo]);
         if let Some(odd) = named.find(|path| path.to_str().is_none()) {
@@ -66,19 +89,32 @@ impl UndoSession {
 
     fn map_paths(&self, map: impl Fn(&Path) -> PathBuf) -> Self {
         let members = self.members.iter();
-        let members = members.map(|member| UndoMember { image: map(&member.image), undo: map(&member.undo) }).collect();
+        let members =
+            members.map(|member| UndoMember { image: map(&member.image), undo: map(&member.undo), ..member.clone() }).collect();
         Self { id: self.id, members }
     }
 
-    /// The undo disks that are gone or belong to another session: then this one was started or discarded half way.
+    /// The undo disks that are gone or belong to another session: then this one was started or discarded half way. Only those
+    /// in `folder`, or below, are looked for: who opens an image has not named other folders.
     #[must_use]
-    pub fn missing(&self) -> Vec<PathBuf> {
-        let is_here = |undo: &Path| {
-            let image = FileStorage::open(undo, false)
-                .and_then(|storage| Image::open(std::sync::Arc::new(storage), undo, &OpenOptions::default()));
-            image.and_then(|image| Self::of(&image)).is_ok_and(|session| session.is_some_and(|session| session.id == self.id))
+    pub fn missing(&self, folder: &Path) -> Vec<PathBuf> {
+        let Ok(folder) = folder.canonicalize() else { return Vec::new() };
+        let is_missing = |member: &&UndoMember| match member.undo.strip_prefix(&folder) {
+            Ok(name) => !self.is_here(&folder, name, member),
+            Err(_) => false,
         };
-        self.members.iter().map(|member| &member.undo).filter(|undo| !is_here(undo)).cloned().collect()
+        self.members.iter().filter(is_missing).map(|member| member.undo.clone()).collect()
+    }
+
+    fn is_here(&self, folder: &Path, name: &Path, member: &UndoMember) -> bool {
+        let Ok(Some(file)) = open_beneath(folder, name, Beneath::Links) else { return false };
+        let image = FileStorage::from_file(file, &member.undo)
+            .and_then(|storage| Image::open(Arc::new(storage), &member.undo, &OpenOptions::default()));
+        // A merge into an undo disk gives it another identifier.
+        image.is_ok_and(|image| {
+            member.undo_uuid.is_some_and(|uuid| image.footer().uuid() == uuid.into_bytes())
+                || Self::of(&image).is_ok_and(|session| session.is_some_and(|session| session.id == self.id))
+        })
     }
 }
 
@@ -88,7 +124,7 @@ pub(super) fn refuse_incomplete(image: &Image) -> Result<()> {
     if session.members.len() < 2 {
         return Ok(());
     }
-    match session.missing().first() {
+    match session.missing(folder_of(image.path())).first() {
         None => Ok(()),
         Some(missing) => {
             let message = format!(

@@ -6,7 +6,7 @@ use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::checksum::ones_complement;
-use super::{FOOTER_LEN, Geometry, HEADER_LEN, SECTOR, Timestamp};
+use super::{FOOTER_LEN, Geometry, HEADER_LEN, SECTOR, Stage, Timestamp};
 
 /// First eight bytes of a footer.
 pub const FOOTER_COOKIE: [u8; 8] = *b"conectix";
@@ -115,6 +115,9 @@ pub enum FooterError {
     /// The cookie is another one.
     #[error("no footer: found {}, expected \"conectix\"", printable(.0))]
     Cookie([u8; 8]),
+    /// It bears the mark of an operation that rebuilds the file in stages.
+    #[error("no footer: found the mark \"{}\" of an unfinished operation", .0.cookie().escape_ascii())]
+    Marked(Stage),
     /// The checksum is not that of the bytes.
     #[error("footer checksum is {found:#010x}, its bytes give {computed:#010x}")]
     Checksum {
@@ -187,6 +190,9 @@ impl Footer {
     /// # Errors
     /// Anything [`FooterError`] names but the checksum.
     pub fn parse_tolerant(bytes: &[u8; FOOTER_LEN]) -> Result<Self, FooterError> {
+        if let Some((stage, _)) = Self::unmarked(bytes) {
+            return Err(FooterError::Marked(stage));
+        }
         let bytes = FooterBytes::read_from_bytes(bytes).unwrap_or_else(|_| unreachable!("both are 512 bytes"));
         if bytes.cookie != FOOTER_COOKIE {
             return Err(FooterError::Cookie(bytes.cookie));
@@ -281,6 +287,35 @@ impl Footer {
         let mut bytes = self.bytes;
         bytes.checksum = U32::new(self.computed_checksum());
         zerocopy::transmute!(bytes)
+    }
+
+    /// The mark that this footer becomes: see [`Stage`]. That of a size has the size before where a fixed disk's version and type
+    /// are, which are known.
+    pub(super) fn marked(&self, stage: Stage) -> [u8; FOOTER_LEN] {
+        let mut marked = self.clone();
+        marked.bytes.cookie = stage.cookie();
+        if let Stage::Resize { from } = stage {
+            marked.bytes.version = U32::new((from >> 32) as u32);
+            marked.bytes.disk_type = U32::new(from as u32);
+        }
+        marked.to_bytes()
+    }
+
+    /// The mark that these bytes are, and the footer that it was made of.
+    pub(super) fn unmarked(bytes: &[u8; FOOTER_LEN]) -> Option<(Stage, Self)> {
+        let mut marked = FooterBytes::read_from_bytes(bytes).ok()?;
+        let from = u64::from(marked.version.get()) << 32 | u64::from(marked.disk_type.get());
+        let stages = [Stage::ConvertSource, Stage::ConvertTarget, Stage::Merge, Stage::Resize { from }];
+        let stage = stages.into_iter().find(|stage| stage.cookie() == marked.cookie)?;
+        if ones_complement(bytes, CHECKSUM) != marked.checksum.get() {
+            return None;
+        }
+        marked.cookie = FOOTER_COOKIE;
+        if let Stage::Resize { .. } = stage {
+            (marked.version, marked.disk_type) = (U32::new(VERSION_1), U32::new(DiskType::Fixed.code()));
+        }
+        let bytes: [u8; FOOTER_LEN] = zerocopy::transmute!(marked);
+        Some((stage, Self::parse_tolerant(&bytes).ok()?))
     }
 
     fn computed_checksum(&self) -> u32 {

@@ -13,6 +13,7 @@ mod footer;
 mod geometry;
 mod header;
 mod locator;
+mod stage;
 mod timestamp;
 
 pub use batmap::{BATMAP_COOKIE, Batmap};
@@ -20,6 +21,7 @@ pub use footer::{Creator, DiskType, FOOTER_COOKIE, Footer, FooterError, NewFoote
 pub use geometry::{Geometry, IDE_LIMIT};
 pub use header::{DynamicHeader, HEADER_COOKIE, HeaderError, LOCATOR_SLOTS, NewHeader, PARENT_NAME_UNITS};
 pub use locator::{LocatorEntry, PlatformCode, encode_locator};
+pub use stage::Stage;
 pub use timestamp::Timestamp;
 
 /// Bytes of a sector. The format knows no other sector size.

@@ -8,7 +8,7 @@ use crate::format::{
     MAX_CREATE_SIZE, MIN_BLOCK_SIZE, NewFooter, NewHeader, PlatformCode, SECTOR, Timestamp, WINDOWS_MIN_SIZE, encode_locator,
 };
 use crate::layout::{FooterPlace, Layout};
-use crate::storage::{Host, LocalHost, Storage};
+use crate::storage::{Access, Host, LocalHost, Storage};
 
 /// Where the first parent locator's payload goes, and the unit of room for each: Windows does the same.
 const LOCATOR_UNIT: u64 = 4096;
@@ -81,8 +81,19 @@ pub fn create_file(path: &Path, options: &CreateOptions, overwrite: bool) -> Res
 /// # Errors
 /// As there.
 pub fn create_file_on(host: &dyn Host, path: &Path, options: &CreateOptions, overwrite: bool) -> Result<Created> {
+    create_file_for(host, path, options, overwrite, &Access::Umask)
+}
+
+/// As [`create_file_on`]; `access` says who may read the file.
+pub(crate) fn create_file_for(
+    host: &dyn Host,
+    path: &Path,
+    options: &CreateOptions,
+    overwrite: bool,
+    access: &Access,
+) -> Result<Created> {
     let mut created = Created::default();
-    crate::storage::replace_file(host, path, overwrite, |storage| {
+    crate::storage::replace_file(host, path, overwrite, access, |storage| {
         created = create(&**storage, options)?;
         Ok(())
     })?;

@@ -4,7 +4,7 @@ use std::io;
 
 use super::Image;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{DiskType, FOOTER_LEN, Footer, FooterError, OLD_FOOTER_LEN, SECTOR};
+use crate::format::{DiskType, FOOTER_LEN, Footer, FooterError, OLD_FOOTER_LEN, SECTOR, Stage};
 use crate::storage::Storage;
 
 /// Both footers of a file.
@@ -84,6 +84,9 @@ impl Footers {
         match (&self.trailing, &self.copy) {
             (Ok(footer), _) => Ok((footer.clone(), Authority::Trailing)),
             (Err(_), Ok(copy)) if sparse(copy) => Ok((copy.clone(), Authority::Copy)),
+            // Nothing makes an image of what is half made.
+            (Err(error @ FooterError::Marked(_)), _) => Err(error.clone()),
+            (Err(_), Err(error @ FooterError::Marked(_))) if !was_fixed => Err(error.clone()),
             (Err(error), _) if tolerant => match Footer::parse_tolerant(&self.trailing_bytes) {
                 Ok(footer) => Ok((footer, Authority::Trailing)),
                 Err(_) => match Footer::parse_tolerant(&self.copy_bytes) {
@@ -97,6 +100,15 @@ impl Footers {
         }
     }
 
+    /// The mark that the file bears, and the footer that it was made of; `None` for an image, and for what is none.
+    #[must_use]
+    pub fn stage(&self) -> Option<(Stage, Footer)> {
+        match self.authority(false) {
+            Err(FooterError::Marked(_)) => Stage::parse(&self.trailing_bytes).or_else(|| Stage::parse(&self.copy_bytes)),
+            _ => None,
+        }
+    }
+
     /// The trailing footer as it was found; zeros where a short one ends early.
     pub(crate) fn trailing_bytes(&self) -> &[u8; FOOTER_LEN] {
         &self.trailing_bytes
@@ -107,8 +119,11 @@ impl Footers {
         &self.copy_bytes
     }
 
-    /// True when the trailing footer, its checksum aside, is that of a fixed disk: type and data offset say so both.
+    /// True when the trailing footer, its checksum or mark aside, is that of a fixed disk: type and data offset say so both.
     fn is_damaged_fixed(&self) -> bool {
+        if let Some((_, footer)) = Stage::parse(&self.trailing_bytes) {
+            return footer.disk_type() == DiskType::Fixed;
+        }
         matches!(self.trailing, Err(FooterError::Checksum { .. }))
             && self.trailing_bytes[20..24] == [0xFF; 4]
             && Footer::parse_tolerant(&self.trailing_bytes).is_ok_and(|footer| footer.disk_type() == DiskType::Fixed)

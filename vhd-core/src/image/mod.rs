@@ -24,6 +24,7 @@ mod read;
 mod relink;
 mod resize;
 mod space;
+mod staged;
 mod write;
 mod zero;
 
@@ -35,11 +36,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 pub(crate) use blocks::Blocks;
-pub(crate) use create::locator_texts;
 pub use create::{CreateOptions, Created, NewKind, ParentLink, create, create_file, create_file_on};
+pub(crate) use create::{create_file_for, locator_texts};
 pub use footers::{Authority, Footers};
 pub use open::{OpenOptions, SizePolicy};
 pub use read::{Run, RunKind};
+pub(crate) use staged::{Staged, refusal};
 pub use zero::ZeroMode;
 
 use self::bat::{Bat, Entry};

@@ -12,6 +12,7 @@ use super::commit::Meta;
 use super::flushes::Flushes;
 use super::footers::{Authority, Footers};
 use super::prepare::{check_metadata, footer_place, free_ranges, mend, mend_fixed, scan_blocks};
+use super::staged::refusal;
 use super::{Image, Sparse};
 use crate::error::{Error, ErrorKind, Result, fail};
 use crate::format::{
@@ -84,7 +85,7 @@ impl Image {
     /// As there.
     pub(crate) fn rehearse(storage: &dyn Storage, path: &Path, options: &OpenOptions) -> Result<()> {
         let options = OpenOptions { writable: true, ..options.clone() };
-        let rehearsed = examine(storage, &options).and_then(|(found, sparse)| {
+        let rehearsed = examine(storage, path, &options).and_then(|(found, sparse)| {
             refuse_writing(&found, sparse.as_ref(), &options)?;
             sparse.map_or(Ok(()), |sparse| scan_blocks(storage, &sparse, &found).map(drop))
         });
@@ -102,7 +103,7 @@ pub(super) struct Found {
 }
 
 fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result<Image> {
-    let (found, sparse) = examine(&*storage, options)?;
+    let (found, sparse) = examine(&*storage, path, options)?;
     let mut file_len = found.footers.file_len;
     let mut meta = Meta::default();
     if options.writable {
@@ -141,11 +142,11 @@ fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result
 }
 
 /// Reads what says what the image is.
-fn examine(storage: &dyn Storage, options: &OpenOptions) -> Result<(Found, Option<Sparse>)> {
+fn examine(storage: &dyn Storage, path: &Path, options: &OpenOptions) -> Result<(Found, Option<Sparse>)> {
     if options.writable && options.tolerant {
         fail!(InvalidInput, "tolerant opening is for reading only");
     }
-    let mut found = find(storage, options)?;
+    let mut found = find(storage, path, options)?;
     let sparse = match found.footer.disk_type() {
         DiskType::Fixed => None,
         _ => Some(open_sparse(storage, &mut found, options)?),
@@ -168,8 +169,11 @@ fn refuse_writing(found: &Found, sparse: Option<&Sparse>, options: &OpenOptions)
 }
 
 /// Reads the footers and settles which counts and how large the disk is.
-fn find(storage: &dyn Storage, options: &OpenOptions) -> Result<Found> {
+fn find(storage: &dyn Storage, path: &Path, options: &OpenOptions) -> Result<Found> {
     let footers = Footers::read(storage).map_err(|error| Error::io(error, "can't be read"))?;
+    if let Some((stage, footer)) = footers.stage() {
+        return Err(refusal(path, stage, &footer));
+    }
     let (footer, authority) = footers.authority(options.tolerant).map_err(|error| footer_error(&footers, &error))?;
     let mut warnings = Vec::new();
     match (&footers.trailing, authority) {
@@ -216,6 +220,7 @@ fn footer_error(footers: &Footers, error: &FooterError) -> Error {
         }
         FooterError::DiskType(_) | FooterError::Version(_) => (ErrorKind::Unsupported, error.to_string()),
         FooterError::DataOffset(_) => (ErrorKind::Corrupt, error.to_string()),
+        FooterError::Marked(_) => (ErrorKind::Refused, error.to_string()),
     };
     Error::new(kind, message)
 }

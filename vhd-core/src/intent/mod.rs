@@ -1,7 +1,11 @@
 //! Intent records: what an operation over several files, or one that rebuilds a file in place, is about to do, durable
 //! beside the image before the first change. Whoever opens the image here finds it, and leaves the image to the operation.
 //!
-//! A record is one line, `vhd-intent 1 CRC LENGTH` in hexadecimal, and then JSON of that length: people may read it. It
+//! Nothing of a record is believed: it may be a stranger's. Who opens the image is refused, and told the command that goes on.
+//! That command is given its parameters again, takes the files that it names or that lie beside those, proves each by its
+//! identifier, and sees from the images how far they came.
+//!
+//! A record is one line, `vhd-intent 2 CRC LENGTH` in hexadecimal, and then JSON of that length: people may read it. It
 //! is put in place by a rename, so a torn one never bears the name; one that is damaged all the same stops everything,
 //! as nobody knows how far the operation went.
 
@@ -9,22 +13,29 @@ mod in_place;
 mod merge;
 
 use std::ffi::OsString;
-use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 pub use in_place::{FooterMove, InPlace, Move, Work};
-pub use merge::{Member, Merge};
+pub(crate) use in_place::{finish_resize, resize_fixed};
+pub(crate) use merge::lexically;
+pub use merge::{Member, Merge, Named, Protection};
 
+use crate::command::Command;
 use crate::error::{Error, ErrorKind, Result, fail};
-use crate::storage::{Host, folder_of, put_file};
+use crate::storage::{
+    Access, Beneath, FileStorage, Host, LockMode, folder_of, open_beneath, put_file, put_name, read_beside, remove_file,
+};
 
 /// What a record's name adds to the image's.
 const SUFFIX: &str = ".vhd-intent";
 /// What a record begins with.
-const MAGIC: &str = "vhd-intent 1";
+const MAGIC: &str = "vhd-intent 2";
+/// What records of a former version begin with, which did not know the files by their identifiers.
+const FORMER_MAGIC: &str = "vhd-intent 1";
 /// Bytes of a record at most: thousands of files in one operation.
 const MAX_LEN: u64 = 4 << 20;
 /// Checksum of the JSON.
@@ -36,7 +47,7 @@ const CRC: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISO_HDLC);
 pub enum Intent {
     /// Merges children into parents: one, or all of an undo session.
     Merge(Merge),
-    /// A part of the operation whose record is beside another image; over when that is gone.
+    /// A part of the operation whose record is beside another image; over when that is gone. A former version wrote it.
     PartOf {
         /// The other record, from this one's folder.
         record: PathBuf,
@@ -58,26 +69,35 @@ pub fn path_of(image: &Path) -> Result<PathBuf> {
     Ok(real.with_file_name(name))
 }
 
-/// The record beside an image.
+/// Where an image's record is put.
+fn new_path_of(image: &Path) -> Result<PathBuf> {
+    if is_device(image) {
+        let message = "is a device, beside which no record of an operation can be kept, and this one needs one; convert the image \
+                       to a file first";
+        return Err(Error::new(ErrorKind::Refused, message).at(image));
+    }
+    path_of(image)
+}
+
+fn is_device(image: &Path) -> bool {
+    std::fs::metadata(image).is_ok_and(|found| found.file_type().is_block_device())
+}
+
+/// The record beside an image, as it stands there: a stranger's word.
 ///
 /// # Errors
-/// `Refused` for one that is damaged; as the host fails.
+/// `Refused` for one that is damaged, and for what is no regular file; as the host fails.
 pub fn find(image: &Path) -> Result<Option<Intent>> {
-    read(&path_of(image)?)
+    // Nothing lies beside a device.
+    if is_device(image) { Ok(None) } else { read(&path_of(image)?) }
 }
 
 /// The record at `path`.
 fn read(path: &Path) -> Result<Option<Intent>> {
-    let failed = |error: std::io::Error| Error::io(error, "can't be read").at(path);
-    let file = match std::fs::File::open(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        file => file.map_err(failed)?,
-    };
-    let mut bytes = Vec::new();
-    file.take(MAX_LEN).read_to_end(&mut bytes).map_err(failed)?;
+    let Some(bytes) = read_beside(path, MAX_LEN)? else { return Ok(None) };
     decode(&bytes).map(Some).map_err(|what| {
-        let advice =
-            "an operation on the image may be half done: restore this file, or remove it if the image is to be taken as it is";
+        let advice = "an operation on the image may be half done: restore this file, or remove it (`vhd check --clear-record`) if \
+                      the image is to be taken as it is";
         Error::new(ErrorKind::Refused, format!("is an intent record, but {what}; {advice}")).at(path)
     })
 }
@@ -87,7 +107,28 @@ fn read(path: &Path) -> Result<Option<Intent>> {
 /// # Errors
 /// As the host fails; nothing is recorded then.
 pub fn put(host: &dyn Host, image: &Path, intent: &Intent) -> Result<()> {
-    put_file(host, &path_of(image)?, &encode(intent)?)
+    put_file(host, &new_path_of(image)?, &encode(intent)?, &Access::of(image))
+}
+
+/// As [`put`], of an operation that is seen from the files themselves: the record is for those who look beside them, and may be
+/// lost in a power cut.
+pub(crate) fn tell(host: &dyn Host, image: &Path, intent: &Intent) -> Result<()> {
+    put_name(host, &new_path_of(image)?, &encode(intent)?, &Access::of(image))
+}
+
+/// Removes what lies where an image's record would be, whatever it says: the operation is given up. The image is locked
+/// meanwhile, so that none is under way.
+///
+/// # Errors
+/// `Locked`; `Refused` for what is no regular file; as the host fails.
+pub fn clear(host: &dyn Host, image: &Path) -> Result<()> {
+    let file = FileStorage::rehearse(image)?;
+    file.lock(LockMode::Write)?;
+    let path = path_of(image)?;
+    // Only what could be a record: a link, a folder or a FIFO is told of, and stays.
+    let name = Path::new(path.file_name().unwrap_or_default());
+    open_beneath(folder_of(&path), name, Beneath::NoLinks)?;
+    remove(host, image)
 }
 
 /// Removes an image's record: the operation is over.
@@ -95,9 +136,56 @@ pub fn put(host: &dyn Host, image: &Path, intent: &Intent) -> Result<()> {
 /// # Errors
 /// As the host fails.
 pub fn remove(host: &dyn Host, image: &Path) -> Result<()> {
+    remove_file(host, &path_of(image)?, MAGIC.as_bytes())
+}
+
+/// What an operation recorded beside an image, in words, and the command that goes on with it.
+#[derive(Clone, Debug)]
+pub struct Recorded {
+    /// The record.
+    pub path: PathBuf,
+    /// The operation: `merge`, `undo commit`, `convert --in-place`, `resize`, `repair`; or what the file is instead of a record.
+    pub operation: String,
+    /// The files that it names, the image aside.
+    pub files: Vec<PathBuf>,
+    /// The command that goes on.
+    pub command: Option<String>,
+}
+
+/// What lies where an image's record would be; `None` where there is nothing.
+///
+/// # Errors
+/// As the host fails, and `Refused` for what is no regular file.
+pub fn recorded(image: &Path) -> Result<Option<Recorded>> {
     let path = path_of(image)?;
-    host.remove(&path)?;
-    host.sync_folder(folder_of(&path))
+    let Some(bytes) = read_beside(&path, MAX_LEN)? else { return Ok(None) };
+    let folder = folder_of(&path).to_owned();
+    let told = |operation: &str, files, command: Option<Command>| {
+        let command = command.map(|command| command.to_string());
+        Some(Recorded { path: path.clone(), operation: operation.to_owned(), files, command })
+    };
+    Ok(match decode(&bytes) {
+        Err(what) => told(&format!("a record that is {what}"), Vec::new(), None),
+        Ok(Intent::Merge(merge)) => {
+            let merge = merge.resolved(&folder);
+            let named = |member: &Member| {
+                let others = member.between.iter().chain(&member.children).map(|named| named.path.clone());
+                [member.target.clone(), member.leaf.clone()].into_iter().chain(others).collect::<Vec<_>>()
+            };
+            let files = merge.members.iter().flat_map(named).collect();
+            told(if merge.undo { "undo commit" } else { "merge" }, files, Some(merge.command()))
+        }
+        Ok(Intent::PartOf { record, .. }) => told("undo commit", vec![folder.join(record)], None),
+        Ok(Intent::InPlace(work)) => {
+            let (operation, files) = match &work.work {
+                Work::Footer(_) if work.uuid.is_some() => ("resize", Vec::new()),
+                Work::Footer(_) => ("convert --in-place", Vec::new()),
+                Work::Convert(moving) => ("convert --in-place", vec![folder.join(&moving.new)]),
+                Work::Repair(journal) => ("repair", vec![folder.join(journal)]),
+            };
+            told(operation, files, Some(work.command(image)))
+        }
+    })
 }
 
 fn encode(intent: &Intent) -> Result<Vec<u8>> {
@@ -112,7 +200,7 @@ fn encode(intent: &Intent) -> Result<Vec<u8>> {
 fn decode(bytes: &[u8]) -> Result<Intent, String> {
     let text = std::str::from_utf8(bytes).map_err(|_| "not text")?;
     let (line, json) = text.split_once('\n').ok_or("cut short")?;
-    let fields = line.strip_prefix(MAGIC).ok_or("of another program or version")?;
+    let fields = line.strip_prefix(MAGIC).or_else(|| line.strip_prefix(FORMER_MAGIC)).ok_or("of another program or version")?;
     let mut fields = fields.split_whitespace().map(|field| u64::from_str_radix(field, 16));
     let (Some(Ok(crc)), Some(Ok(len)), None) = (fields.next(), fields.next(), fields.next()) else {
         return Err("without a checksum".into());
@@ -129,7 +217,7 @@ fn decode(bytes: &[u8]) -> Result<Intent, String> {
 /// The identifiers that the image which a record is beside may have while the operation lasts.
 fn uuids_of(intent: &Intent) -> Vec<Uuid> {
     match intent {
-        Intent::Merge(merge) => merge.members.first().map(Member::target_uuids).unwrap_or_default(),
+        Intent::Merge(merge) => merge.members.iter().flat_map(Member::target_uuids).collect(),
         Intent::PartOf { uuids, .. } => uuids.clone(),
         Intent::InPlace(work) => work.uuid.into_iter().collect(),
     }
@@ -142,28 +230,35 @@ fn is_about(intent: &Intent, uuid: Option<[u8; 16]>) -> bool {
     uuids.is_empty() || uuid.is_none_or(|uuid| uuids.contains(&Uuid::from_bytes(uuid)))
 }
 
-/// The record that governs an image: the one beside it, or the one that it is a part of, with paths that lead somewhere.
+/// What governs an image: an operation with paths as the record means them, or a record that can't be followed.
+enum Governing {
+    Merge(Merge),
+    InPlace(InPlace),
+    /// The rest of the operation is recorded in another folder.
+    Elsewhere(PathBuf),
+}
+
+/// The record that governs an image: the one beside it, or the one beside another image of its folder that it is a part of.
 /// `None` too for a stale one, and for one of another image that had this name.
-fn governing(image: &Path, uuid: Option<[u8; 16]>) -> Result<Option<Intent>> {
+fn governing(image: &Path, uuid: Option<[u8; 16]>) -> Result<Option<Governing>> {
     let path = path_of(image)?;
-    let Some(intent) = read(&path)? else { return Ok(None) };
+    let Some(intent) = find(image)? else { return Ok(None) };
     if !is_about(&intent, uuid) {
         tracing::warn!("{}: is the intent record of another image, so it is ignored", path.display());
         return Ok(None);
     }
+    let folder = folder_of(&path);
     Ok(match intent {
-        Intent::Merge(merge) => Some(Intent::Merge(merge.resolved(folder_of(&path)))),
-        Intent::InPlace(work) => Some(Intent::InPlace(work)),
-        Intent::PartOf { record, .. } => {
-            let record = folder_of(&path).join(record);
-            match read(&record)? {
-                Some(Intent::Merge(merge)) => {
-                    let merge = merge.resolved(folder_of(&record));
-                    merge.names_target(image).then_some(Intent::Merge(merge))
-                }
+        Intent::Merge(merge) => Some(Governing::Merge(merge.resolved(folder))),
+        Intent::InPlace(work) => Some(Governing::InPlace(work)),
+        Intent::PartOf { record, .. } => match record.file_name() {
+            // Other folders are none of what the user opens.
+            Some(name) if Path::new(name) == record => match read(&folder.join(name))? {
+                Some(Intent::Merge(merge)) => Some(Governing::Merge(merge.resolved(folder))),
                 _ => None,
-            }
-        }
+            },
+            _ => Some(Governing::Elsewhere(folder.join(record))),
+        },
     })
 }
 
@@ -173,26 +268,37 @@ fn governing(image: &Path, uuid: Option<[u8; 16]>) -> Result<Option<Intent>> {
 /// # Errors
 /// `Refused`, with the command that finishes the operation.
 pub(crate) fn refuse(image: &Path, uuid: Option<[u8; 16]>, above: &[[u8; 16]]) -> Result<()> {
-    let merge = match governing(image, uuid)? {
-        Some(Intent::Merge(merge)) => merge,
-        Some(Intent::InPlace(work)) => return Err(interrupted(image, "a change of it", &work.command(image))),
-        _ => return Ok(()),
-    };
-    if !merge.finishing && merge.members.iter().any(|member| member.is_merged_through(above)) {
-        return Ok(());
+    match governing(image, uuid)? {
+        Some(Governing::Merge(merge))
+            if !merge.finishing && merge.members.iter().any(|member| member.is_merged_through(above)) =>
+        {
+            Ok(())
+        }
+        Some(governing) => Err(interrupted(image, &governing)),
+        None => Ok(()),
     }
-    Err(interrupted(image, "a merge into it", &merge.command()))
 }
 
-fn interrupted(image: &Path, what: &str, command: &str) -> Error {
+fn interrupted(image: &Path, governing: &Governing) -> Error {
+    let (what, command) = match governing {
+        Governing::Merge(merge) => ("a merge into it", merge.command()),
+        Governing::InPlace(work) => ("a change of it", work.command(image)),
+        Governing::Elsewhere(record) => {
+            let message = format!(
+                "the commit of an undo session was interrupted, of which {} tells; finish it first: vhd undo commit, with all of its \
+                 images",
+                record.display()
+            );
+            return Error::new(ErrorKind::Refused, message).at(image);
+        }
+    };
     Error::new(ErrorKind::Refused, format!("{what} was interrupted; finish it first: {command}")).at(image)
 }
 
 /// What to say of a file that can't be opened: that it is half changed, where a record beside it says so.
 pub(crate) fn explain(image: &Path, error: Error) -> Error {
     match governing(image, None) {
-        Ok(Some(Intent::InPlace(work))) => interrupted(image, "a change of it", &work.command(image)),
-        Ok(Some(Intent::Merge(merge))) => interrupted(image, "a merge into it", &merge.command()),
+        Ok(Some(governing)) => interrupted(image, &governing),
         Err(damaged) if damaged.kind() == ErrorKind::Refused => damaged,
         _ => error,
     }
@@ -213,21 +319,26 @@ pub(crate) fn in_place_of(image: &Path, uuid: Option<[u8; 16]>) -> Result<Option
 /// True when the image at `path` has been given the identifier `found` instead of `expected` by a merge of an image
 /// `above` it, which was not told yet.
 pub(crate) fn was_renamed(path: &Path, found: [u8; 16], expected: [u8; 16], above: &[[u8; 16]]) -> bool {
-    let Ok(Some(Intent::Merge(merge))) = governing(path, Some(found)) else { return false };
+    let Ok(Some(Governing::Merge(merge))) = governing(path, Some(found)) else { return false };
     merge.members.iter().any(|member| {
         member.is_merged_through(above)
-            && member.names_target(path)
             && member.target_uuid.is_some_and(|(old, new)| *old.as_bytes() == expected && *new.as_bytes() == found)
     })
 }
 
-/// The unfinished merge that an image belongs to as a target, with paths as they are now.
+/// True when an image `above` the one at `path` is being merged into it.
+pub(crate) fn is_merged_into(path: &Path, above: &[[u8; 16]]) -> bool {
+    let Ok(Some(Governing::Merge(merge))) = governing(path, None) else { return false };
+    merge.members.iter().any(|member| member.is_merged_through(above))
+}
+
+/// The unfinished merge that an image belongs to as a target, with paths as the record means them.
 ///
 /// # Errors
 /// As [`find`].
 pub(crate) fn merge_of(image: &Path, uuid: Option<[u8; 16]>) -> Result<Option<Merge>> {
-    Ok(governing(image, uuid)?.and_then(|intent| match intent {
-        Intent::Merge(merge) => Some(merge),
+    Ok(governing(image, uuid)?.and_then(|governing| match governing {
+        Governing::Merge(merge) => Some(merge),
         _ => None,
     }))
 }

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use super::share::{BATCH, CHUNK, MAX_PIECES, share};
 use crate::block::{Disk, ZeroMode};
 use crate::error::{Error, Result, fail};
+use crate::format::SECTOR;
 use crate::progress::Progress;
 use crate::storage::{AlignedBuffer, PAGE, Storage};
 
@@ -21,11 +22,11 @@ pub fn is_zero(bytes: &[u8]) -> bool {
     chunks.iter().all(|chunk| chunk.iter().fold(0, |or, &byte| or | byte) == 0) && rest.iter().all(|&byte| byte == 0)
 }
 
-/// Calls `visit` with the runs of `bytes` that are not zero.
-fn data_runs(bytes: &[u8], mut visit: impl FnMut(Range<usize>) -> Result<()>) -> Result<()> {
+/// Calls `visit` with the runs of `bytes` that are not zero, in whole grains of so many bytes.
+fn data_runs(bytes: &[u8], grain_len: usize, mut visit: impl FnMut(Range<usize>) -> Result<()>) -> Result<()> {
     let mut run: Option<Range<usize>> = None;
-    for (index, grain) in bytes.chunks(ZERO_GRAIN).enumerate() {
-        let at = index * ZERO_GRAIN;
+    for (index, grain) in bytes.chunks(grain_len).enumerate() {
+        let at = index * grain_len;
         if is_zero(grain) {
             run.take().map_or(Ok(()), &mut visit)?;
         } else {
@@ -56,7 +57,13 @@ pub(super) fn copy_range(
     target_is_zero: bool,
     progress: &Progress,
 ) -> Result<()> {
-    let mover = Mover { source, target, target_is_zero, writing: Mutex::new(()), progress };
+    let mover = Mover { source, target, target_is_zero, grain: ZERO_GRAIN, writing: Mutex::new(()), progress };
+    share(|send| find(source, range, send), |buffer, batch| mover.move_batch(batch, buffer))
+}
+
+/// Copies the sectors of a range that are not zero, and writes no other: what `target` has where `source` is zero stays.
+pub(super) fn copy_nonzero(source: &Disk, target: &Disk, range: Range<u64>, progress: &Progress) -> Result<()> {
+    let mover = Mover { source, target, target_is_zero: true, grain: SECTOR as usize, writing: Mutex::new(()), progress };
     share(|send| find(source, range, send), |buffer, batch| mover.move_batch(batch, buffer))
 }
 
@@ -88,6 +95,8 @@ struct Mover<'a> {
     source: &'a Disk,
     target: &'a Disk,
     target_is_zero: bool,
+    /// Bytes that are written together or left out together.
+    grain: usize,
     /// Held while data is written: the kernel lets one writer at a time into a file, and the other would wait for it with its
     /// processor busy. Meanwhile that one reads.
     writing: Mutex<()>,
@@ -129,16 +138,16 @@ impl Mover<'_> {
     fn write(&self, held: &mut Vec<(Range<usize>, u64)>, buffer: &AlignedBuffer) -> Result<()> {
         let one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         for (place, at) in &*held {
-            write_chunk(self.target, &buffer[place.clone()], *at, self.target_is_zero)?;
+            write_chunk(self.target, &buffer[place.clone()], *at, self.target_is_zero, self.grain)?;
         }
         drop(one);
         held.drain(..).try_for_each(|(place, _)| self.progress.advance(place.len() as u64))
     }
 }
 
-fn write_chunk(target: &Disk, bytes: &[u8], at: u64, target_is_zero: bool) -> Result<()> {
+fn write_chunk(target: &Disk, bytes: &[u8], at: u64, target_is_zero: bool, grain: usize) -> Result<()> {
     let mut done = 0;
-    data_runs(bytes, |run| {
+    data_runs(bytes, grain, |run| {
         if !target_is_zero && done < run.start {
             target.zero(at + done as u64..at + run.start as u64, ZeroMode::Free)?;
         }
@@ -189,7 +198,7 @@ pub fn read_from(stream: &mut dyn Read, target: &Disk, offset: u64, skip_zeros: 
             fail!(OutOfRange, "input goes beyond the end of the disk of {} bytes", target.size());
         }
         if skip_zeros {
-            write_chunk(target, &buffer[..count], at, true)?;
+            write_chunk(target, &buffer[..count], at, true, ZERO_GRAIN)?;
         } else {
             target.write_at(&buffer[..count], at)?;
         }
@@ -211,7 +220,7 @@ pub fn read_to_file(stream: &mut dyn Read, file: &dyn Storage, progress: &Progre
             file.set_len(at).map_err(|error| Error::io(error, format!("can't grow to {at} bytes")))?;
             return Ok(at);
         }
-        data_runs(&buffer[..count], |run| {
+        data_runs(&buffer[..count], ZERO_GRAIN, |run| {
             let written = file.write_at(&buffer[run.clone()], at + run.start as u64);
             written.map_err(|error| Error::io(error, format!("can't be written at {at:#x}")))
         })?;
@@ -287,7 +296,7 @@ mod tests {
         let mut bytes = vec![0; 5 * ZERO_GRAIN + 10];
         (bytes[ZERO_GRAIN], bytes[2 * ZERO_GRAIN + 7], bytes[5 * ZERO_GRAIN + 9]) = (1, 1, 1);
         let mut runs = Vec::new();
-        data_runs(&bytes, |run| {
+        data_runs(&bytes, ZERO_GRAIN, |run| {
             runs.push(run);
             Ok(())
         })

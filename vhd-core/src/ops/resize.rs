@@ -12,10 +12,11 @@ use uuid::Uuid;
 use super::copy::is_zero;
 use crate::block::{Disk, ExtentState, ZeroMode};
 use crate::chain::{Chain, ChainOptions};
+use crate::command::Command;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{DiskType, MAX_CREATE_SIZE, SECTOR};
-use crate::image::{Image, OpenOptions};
-use crate::intent::{self, FooterMove, InPlace, Intent, Work};
+use crate::format::{DiskType, MAX_CREATE_SIZE, SECTOR, Stage};
+use crate::image::{Footers, Image, OpenOptions};
+use crate::intent::{self, FooterMove, InPlace, Intent, Work, finish_resize, resize_fixed};
 use crate::partition::{Gpt, PartitionTable, TableKind};
 use crate::progress::Progress;
 use crate::storage::{AlignedBuffer, FileStorage, LockMode, Storage};
@@ -58,9 +59,8 @@ pub struct Resized {
 /// `InvalidInput` for sizes that can't be; `Refused` when data or partitions are in the way, or children would be
 /// spoiled; `Cancelled`; those of [`Chain::open`].
 pub fn resize(path: &Path, size: u64, options: &ResizeOptions, chain: &ChainOptions, progress: &Progress) -> Result<Resized> {
-    if !options.dry_run {
-        finish(path, chain)?;
-    }
+    chain.refuse_ignoring(path)?;
+    finish(path, size, options, chain)?;
     if size == 0 || size > MAX_CREATE_SIZE {
         let message = format!("size is {size} bytes, expected 512 bytes to 2040 GiB");
         return Err(Error::new(ErrorKind::InvalidInput, message).at(path));
@@ -95,15 +95,37 @@ pub fn resize(path: &Path, size: u64, options: &ResizeOptions, chain: &ChainOpti
     Ok(resized)
 }
 
-/// Finishes a change that was interrupted.
-fn finish(path: &Path, chain: &ChainOptions) -> Result<()> {
-    let Some(InPlace { work: Work::Footer(work), .. }) = intent::in_place_of(path, crate::chain::uuid_of_file(path)?)? else {
-        return Ok(());
+/// Finishes a change that was interrupted, where this call asks for the same.
+fn finish(path: &Path, size: u64, options: &ResizeOptions, chain: &ChainOptions) -> Result<()> {
+    let record = match intent::in_place_of(path, crate::chain::uuid_of_file(path)?)? {
+        Some(InPlace { work: Work::Footer(work), uuid: Some(_) }) => Some(work),
+        _ => None,
     };
-    let file = Arc::new(FileStorage::open(path, true)?);
+    let file = Arc::new(if options.dry_run { FileStorage::rehearse(path)? } else { FileStorage::open(path, true)? });
+    let footers = Footers::read(&*file).map_err(|error| Error::io(error, "can't be read").at(path))?;
+    let begun = match (footers.stage(), &record) {
+        (Some((Stage::Resize { from }, footer)), _) => (from, footer.current_size()),
+        (_, Some(record)) => (record.from, record.to),
+        _ => return Ok(()),
+    };
+    let is_whole = footers.authority(false).is_ok();
+    if !is_whole && (begun.1 != size.next_multiple_of(SECTOR) || (begun.1 < begun.0 && !options.shrink)) {
+        let command = Command::new(&["vhd", "resize"]).path(path).words(&[&begun.1.to_string()]);
+        let command = command.flag("--shrink", begun.1 < begun.0);
+        let message = format!("a change of its size to {} bytes was interrupted; finish that first: {command}", begun.1);
+        return Err(Error::new(ErrorKind::Refused, message).at(path));
+    }
+    if options.dry_run {
+        return if is_whole { Ok(()) } else { intent::refuse(path, None, &[]) };
+    }
     file.lock(LockMode::Write)?;
-    work.apply(&*chain.host.adopt(file)).map_err(|error| error.at(path))?;
-    intent::remove(&*chain.host, path)
+    let storage = chain.host.adopt(file);
+    let growth = || match &record {
+        Some(record) => record.finish_growth(&*storage).map(drop),
+        None => Ok(()),
+    };
+    finish_resize(&*storage).and_then(|done| done.map_or_else(growth, |_| Ok(()))).map_err(|error| error.at(path))?;
+    if record.is_some() { intent::remove(&*chain.host, path) } else { Ok(()) }
 }
 
 /// Looks whether the size can be had, and of a disk that shrinks moves the GPT's backup. True when it shrinks.
@@ -228,8 +250,8 @@ fn set_fixed_size(storage: &Arc<dyn Storage>, path: &Path, to: u64, chain: &Chai
     footer.set_size(to);
     let end = storage.len().map_err(|error| Error::io(error, "can't be examined"))?;
     let work = FooterMove::new(from, end, to, &footer);
-    let record = InPlace { uuid: Some(Uuid::from_bytes(footer.uuid())), work: Work::Footer(work.clone()) };
+    let record = InPlace { uuid: Some(Uuid::from_bytes(footer.uuid())), work: Work::Footer(work) };
     intent::put(&*chain.host, path, &Intent::InPlace(record))?;
-    work.apply(&**storage)?;
+    resize_fixed(&**storage, from, &footer)?;
     intent::remove(&*chain.host, path)
 }

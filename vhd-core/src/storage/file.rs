@@ -166,6 +166,19 @@ impl FileStorage {
         Ok(if self.is_device { (0, metadata.rdev()) } else { (metadata.dev(), metadata.ino()) })
     }
 
+    /// Refuses a file that no longer has the name it was opened by: another took it, or it was removed, before the lock was held.
+    ///
+    /// # Errors
+    /// `Locked`; when the name can't be looked up.
+    pub(crate) fn refuse_renamed(&self) -> Result<()> {
+        let found = std::fs::metadata(&self.path).map_err(|error| Error::io(error, "can't be opened").at(&self.path))?;
+        let found = if self.is_device { (0, found.rdev()) } else { (found.dev(), found.ino()) };
+        if found == self.identity()? {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Locked, "was replaced while it was opened; try again").at(&self.path))
+    }
+
     /// Locks the file against others, QEMU among them. The lock goes when the file is closed.
     ///
     /// # Errors

@@ -2,14 +2,19 @@
 
 use std::fmt::Debug;
 use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
 
-use super::{FileStorage, Storage};
-use crate::error::{Error, Result};
+use super::{Access, Beneath, FileStorage, Storage, open_beneath};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Bytes at the start of a record or journal by which its kind is known: `vhd-intent`, `vhd-repair`.
+const KIND_LEN: usize = 10;
 
 /// Folders of the host, for operations over several files.
 ///
@@ -19,7 +24,7 @@ pub trait Host: Send + Sync + Debug {
     /// The storage through which an open file is written.
     fn adopt(&self, file: Arc<FileStorage>) -> Arc<dyn Storage>;
 
-    /// Makes a new file.
+    /// Makes a new file, which its owner alone may read and write.
     ///
     /// # Errors
     /// `Exists`; as the host fails.
@@ -60,7 +65,7 @@ impl Host for LocalHost {
     }
 
     fn create(&self, path: &Path) -> Result<Arc<dyn Storage>> {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
         let file = file.map_err(|error| Error::io(error, "can't be created").at(path))?;
         Ok(Arc::new(FileStorage::from_file(file, path)?))
     }
@@ -70,7 +75,7 @@ impl Host for LocalHost {
     }
 
     fn rename_new(&self, from: &Path, to: &Path) -> Result<()> {
-        let failed = |error: std::io::Error| Error::io(error, "can't be renamed").at(to);
+        let failed = |error: io::Error| Error::io(error, "can't be renamed").at(to);
         match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
             // Not every file system can do it in one go.
             Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
@@ -83,7 +88,7 @@ impl Host for LocalHost {
 
     fn remove(&self, path: &Path) -> Result<()> {
         match std::fs::remove_file(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(error, "can't be removed").at(path)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io(error, "can't be removed").at(path)),
             _ => Ok(()),
         }
     }
@@ -107,23 +112,62 @@ pub fn resolve(path: &Path) -> PathBuf {
     folder.map_or_else(|_| path.to_owned(), |folder| folder.join(path.file_name().unwrap_or_default()))
 }
 
-/// Puts `bytes` at `path` for good: the old content or the new is there after a power cut, never a part.
+/// Puts `bytes` at `path` for good: the old content or the new is there after a power cut, never a part. Who may read it,
+/// `access` says.
 ///
 /// # Errors
-/// As the host fails; what was at `path` is as it was then.
-pub fn put_file(host: &dyn Host, path: &Path, bytes: &[u8]) -> Result<()> {
+/// `Refused` where a file of another content has the passing name; as the host fails; what was at `path` is as it was then.
+pub fn put_file(host: &dyn Host, path: &Path, bytes: &[u8], access: &Access) -> Result<()> {
+    put_name(host, path, bytes, access)?;
+    host.sync_folder(folder_of(path))
+}
+
+/// As [`put_file`], without a barrier for the name: after a power cut the old content, the new, or none may be there.
+pub(crate) fn put_name(host: &dyn Host, path: &Path, bytes: &[u8], access: &Access) -> Result<()> {
     let passing = passing_name(path);
-    // What a killed attempt left.
-    host.remove(&passing)?;
+    remove_left(host, &passing, bytes)?;
     let put = || {
         let file = host.create(&passing)?;
         let failed = |error| Error::io(error, "can't be written").at(path);
         file.write_at(bytes, 0).map_err(failed)?;
         file.sync().map_err(failed)?;
-        host.rename(&passing, path)?;
-        host.sync_folder(folder_of(path))
+        access.give(&passing)?;
+        host.rename(&passing, path)
     };
     put().inspect_err(|_| drop(host.remove(&passing)))
+}
+
+/// Removes what [`put_file`] put at `path`, and what a killed attempt left of it; `kind` is how such a file begins.
+pub(crate) fn remove_file(host: &dyn Host, path: &Path, kind: &[u8]) -> Result<()> {
+    remove_left(host, &passing_name(path), kind)?;
+    host.remove(path)?;
+    host.sync_folder(folder_of(path))
+}
+
+/// Removes what a killed attempt left: a file that begins as those that are put here do, or holds nothing yet.
+fn remove_left(host: &dyn Host, passing: &Path, bytes: &[u8]) -> Result<()> {
+    let name = Path::new(passing.file_name().unwrap_or_default());
+    let Some(mut left) = open_beneath(folder_of(passing), name, Beneath::NoLinks)? else { return Ok(()) };
+    let mut found = [0; KIND_LEN];
+    let len = read_start(&mut left, &mut found).map_err(|error| Error::io(error, "can't be read").at(passing))?;
+    let is_ours = found[..len].iter().all(|byte| *byte == 0) || bytes.starts_with(&found[..len]);
+    if !is_ours {
+        let message = "is in the way of a record that is about to be written, and is none; move it away";
+        return Err(Error::new(ErrorKind::Refused, message).at(passing));
+    }
+    host.remove(passing)
+}
+
+/// Reads the first bytes of a file, as many as there are.
+fn read_start(file: &mut File, bytes: &mut [u8]) -> io::Result<usize> {
+    let mut len = 0;
+    while len < bytes.len() {
+        match file.read(&mut bytes[len..])? {
+            0 => break,
+            more => len += more,
+        }
+    }
+    Ok(len)
 }
 
 /// The name that a file bears until it is complete.

@@ -1,5 +1,6 @@
 //! Bytes of one host file.
 
+mod access;
 mod aligned;
 mod beside;
 mod buffers;
@@ -17,12 +18,14 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
+pub use access::Access;
 pub use aligned::AlignedBuffer;
 pub(crate) use aligned::PAGE;
 pub use beside::{Beneath, open_beneath, read_beside};
 pub use buffers::{ReadBuffers, WriteBuffers};
 pub use file::FileStorage;
 pub use host::{Host, LocalHost, folder_of, put_file, resolve};
+pub(crate) use host::{put_name, remove_file};
 pub use lock::LockMode;
 pub use memory::MemoryStorage;
 pub(crate) use replace::may_change_names_beside;

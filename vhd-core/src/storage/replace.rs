@@ -5,10 +5,10 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{Access, AtFlags, CWD, accessat};
+use rustix::fs::{Access as Asked, AtFlags, CWD, accessat};
 
 use super::unnamed::Unnamed;
-use super::{FileStorage, Host, LockMode, Storage, folder_of};
+use super::{Access, FileStorage, Host, LockMode, Storage, folder_of};
 use crate::error::{Error, ErrorKind, Result};
 
 /// What a passing name ends with.
@@ -21,7 +21,7 @@ const CRC: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISO_HDLC);
 /// Makes a file at `path` out of what `fill` writes: under a passing name in the same folder, renamed when it is
 /// complete and durable. On a failure nothing is left, and what was at `path` is as it was. What a killed process left
 /// under the passing name goes. Nobody can find the file before, so what `fill` syncs is not synced each time, but once at the
-/// end. A device is written in place.
+/// end. A device is written in place. Who may read a file that was not there before, `access` says.
 ///
 /// # Errors
 /// `Exists` when something is at `path` and `overwrite` is not set; `Locked` when another process makes the same file; as
@@ -30,6 +30,7 @@ pub fn replace_file(
     host: &dyn Host,
     path: &Path,
     overwrite: bool,
+    access: &Access,
     fill: impl FnOnce(&Arc<dyn Storage>) -> Result<()>,
 ) -> Result<()> {
     refuse_at_once(path, overwrite)?;
@@ -55,10 +56,11 @@ pub fn replace_file(
     })?;
     let made = || {
         let _held = hold(&passing, path)?;
-        if let Some(found) = &found {
+        match &found {
             // Who may read what is replaced may read what replaces it, and nobody else.
-            let given = std::fs::set_permissions(&passing, found.permissions());
-            given.map_err(|error| Error::io(error, "can't be created").at(path))?;
+            Some(found) => std::fs::set_permissions(&passing, found.permissions())
+                .map_err(|error| Error::io(error, "can't be created").at(path))?,
+            None => access.give(&passing).map_err(|error| error.about(path))?,
         }
         storage.write_early();
         let unnamed: Arc<dyn Storage> = Arc::new(Unnamed(Arc::clone(&storage)));
@@ -92,7 +94,7 @@ pub fn rehearse_replace(path: &Path, overwrite: bool) -> Result<()> {
 pub(crate) fn may_change_names_beside(path: &Path) -> std::io::Result<()> {
     // By this name it is a folder, or nothing.
     let folder = folder_of(path).join(".");
-    Ok(accessat(CWD, &folder, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS)?)
+    Ok(accessat(CWD, &folder, Asked::WRITE_OK | Asked::EXEC_OK, AtFlags::EACCESS)?)
 }
 
 /// Refuses what can be seen to be wrong with a name before the work is done.

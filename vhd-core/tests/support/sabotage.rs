@@ -21,14 +21,20 @@ use super::{files_of, options};
 const OPENING: (&str, &str) = ("open", "tests/crash: what_was_read_after_a_kill_stays");
 
 /// Barriers of parts that have tests of their own, by how their functions begin, and which tests these are.
-const SHOWN_ELSEWHERE: [(&str, &str); 6] = [
+const SHOWN_ELSEWHERE: [(&str, &str); 10] = [
     // Where closing cuts the file, that has another.
     ("flush_alone < flush < close < ", "tests/crash: every_barrier_is_needed"),
     ("publish < flush_alone < ", "tests/crash: every_barrier_is_needed"),
+    ("trim < close < ", "tests/crash: every_barrier_is_needed"),
     ("mend < open < before < ", "tests/opening.rs"),
+    // Of a session with one image; here there are two, and the record beside either is enough.
+    ("put_file < put < run < run_all < commit", "tests/merge.rs"),
+    // Both are in one folder, which is synced with the last.
+    ("replace_file < create_file_on < create_over < create_child < start", "tests/snapshots.rs"),
     ("run < set_parent < relink < ", "tests/reparent.rs"),
-    ("run < set_size < move_data < ", "tests/resize.rs"),
-    ("write_table < clear_until < set_size < move_data < ", "tests/resize.rs"),
+    ("run < set_size < mark < ", "tests/resize.rs"),
+    ("write_table < clear_until < set_size < mark < ", "tests/resize.rs"),
+    ("resize_fixed < mark < ", "tests/resize.rs"),
 ];
 
 /// Does the operation in a folder, or what finishes it.

@@ -21,7 +21,7 @@ impl Subject {
         let names = (self.name(leaf), self.name(target));
         self.log.say(format!("merge {} into {}, delete: {delete}, force: {force}", names.0, names.1));
         let refusal = self.tree.may_merge(leaf, target, force, false);
-        let how = MergeOptions { into: Some(self.path(target)), delete, force };
+        let how = MergeOptions { into: Some(self.path(target)), delete, force, ..MergeOptions::default() };
         let chain = options(false);
         let merged = merge::plan(&self.path(leaf), &how, &chain)
             .and_then(|plan| merge::execute(&plan, &how, &chain, &Progress::default()));

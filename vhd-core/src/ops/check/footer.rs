@@ -49,7 +49,8 @@ impl Check<'_> {
         // Of a fixed disk the first sector is data, whatever it looks like.
         let counts = footers.authority(true).ok();
         let is_fixed = counts.as_ref().is_some_and(|(footer, _)| footer.disk_type() == DiskType::Fixed);
-        let trailing_missing = matches!(footers.trailing, Err(FooterError::Cookie(_))) && !footers.is_marked_by_tapdisk();
+        let trailing_missing =
+            matches!(footers.trailing, Err(FooterError::Cookie(_) | FooterError::Marked(_))) && !footers.is_marked_by_tapdisk();
         self.trailing_footer(&footers, &trailing);
         if !is_fixed {
             self.footer_copy(&footers, &copy, header_is_there);
@@ -109,7 +110,7 @@ impl Check<'_> {
                 self.add(Code::TrailingFooterTapdisk, TRAILING, message);
             }
             // What stands there instead is told once it is known where the data ends.
-            Err(FooterError::Cookie(_)) => {}
+            Err(FooterError::Cookie(_) | FooterError::Marked(_)) => {}
             Err(_) => self.defects(bytes, TRAILING),
         }
         if footers.trailing_is_short {
@@ -126,10 +127,11 @@ impl Check<'_> {
                 self.add(Code::FootersDisagree, COPY, message);
             }
             (Ok(_), _) => self.hidden_checksum(bytes, COPY),
-            (Err(FooterError::Cookie(found)), trailing) => {
+            (Err(FooterError::Cookie(_) | FooterError::Marked(_)), trailing) => {
                 // Without a trailing footer and a header this may as well be a fixed disk, which has no copy.
                 if trailing.is_ok() || header_is_there {
-                    let message = format!("found \"{}\" at offset 0, expected \"conectix\"", found.escape_ascii());
+                    let found = bytes[..FOOTER_COOKIE.len()].escape_ascii();
+                    let message = format!("found \"{found}\" at offset 0, expected \"conectix\"");
                     self.add(Code::HeaderCopyMissing, COPY, message);
                 }
             }

@@ -87,7 +87,7 @@ pub fn check(storage: &dyn Storage, path: &Path, options: &CheckOptions<'_>) -> 
     let file_len = storage.len().map_err(|error| Error::io(error, "can't be examined").at(path))?;
     let mut check = Check { storage, path, options, file_len, findings: Findings::default(), parent: None, next_data: None };
     check.run().map_err(|error| intent::explain(path, error.at(path)))?;
-    check.interruption();
+    check.interruption()?;
     Ok(Report { path: path.to_owned(), findings: check.findings.into_list(), parent: check.parent })
 }
 
@@ -194,7 +194,9 @@ impl Check<'_> {
     }
 
     /// Tells of an intent record beside the file.
-    fn interruption(&mut self) {
+    fn interruption(&mut self) -> Result<()> {
+        // What can't be a record is in everyone's way.
+        intent::recorded(self.path)?;
         let uuid =
             Footers::read(self.storage).ok().and_then(|footers| footers.authority(true).ok()).map(|(footer, _)| footer.uuid());
         if let Err(error) = intent::refuse(self.path, uuid, &[])
@@ -202,9 +204,16 @@ impl Check<'_> {
         {
             self.add(Code::Interrupted, "intent record", error.message());
         }
+        Ok(())
     }
 
     fn run(&mut self) -> Result<()> {
+        let footers = Footers::read(self.storage).map_err(|error| Error::io(error, "can't be read"))?;
+        if let Some((stage, footer)) = footers.stage() {
+            // What is half made is neither sound nor damaged.
+            self.add(Code::Interrupted, "footers", crate::image::refusal(self.path, stage, &footer).message());
+            return Ok(());
+        }
         let Some(basis) = self.footers()? else { return Ok(()) };
         let Some(header_at) = basis.header_at else {
             self.fixed(&basis);

@@ -69,6 +69,31 @@ pub(super) fn copy_up(upper: &Chain, target: &Disk, progress: &Progress) -> Resu
     )
 }
 
+/// The first byte at which the images of `upper` hold something else than `target` has; `None` when it has it all.
+pub(super) fn first_difference(upper: &Chain, target: &Disk) -> Result<Option<u64>> {
+    let (mut found, mut left, mut right) = (None, AlignedBuffer::new(CHUNK), AlignedBuffer::new(CHUNK));
+    extents(upper, target.size(), &mut |extent| {
+        if extent.state == ExtentState::Absent || found.is_some() {
+            return Ok(());
+        }
+        let mut at = extent.range.start;
+        while at < extent.range.end && found.is_none() {
+            let len = CHUNK.min((extent.range.end - at) as usize);
+            match extent.offset.filter(|_| extent.state == ExtentState::Data) {
+                Some(offset) => {
+                    upper.layers()[extent.depth].read_at(&mut left[..len], offset + (at - extent.range.start))?;
+                }
+                None => left[..len].fill(0),
+            }
+            target.read_at(&mut right[..len], at)?;
+            found = left[..len].iter().zip(&right[..len]).position(|(a, b)| a != b).map(|index| at + index as u64);
+            at += len as u64;
+        }
+        Ok(())
+    })?;
+    Ok(found)
+}
+
 /// Sends what is to be written. What is in one block is in one batch.
 fn find(upper: &Chain, size: u64, send: &dyn Fn(Vec<Extent>) -> Result<()>) -> Result<()> {
     let mut batch = Vec::new();

@@ -3,18 +3,18 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{Access, AtFlags, CWD, accessat};
-use rustix::io::Errno;
 use uuid::Uuid;
 
-use super::MergeOptions;
 use super::copy::amount;
+use super::{MergeOptions, protection, resume};
 use crate::block::BlockDevice;
-use crate::chain::{Chain, ChainOptions, Layer, UndoSession, find_children, refuse_linked, relative_to};
+use crate::chain::{
+    Chain, ChainOptions, Layer, UndoSession, find_children, is_child_of, refuse_linked, relative_to, uuid_of_file,
+};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::DiskType;
-use crate::image::{Image, OpenOptions};
-use crate::intent::{self, FooterMove, Member, Merge};
+use crate::format::{DiskType, Stage};
+use crate::image::{Footers, Image, OpenOptions};
+use crate::intent::{self, FooterMove, Member, Merge, Named};
 use crate::storage::{FileStorage, folder_of, may_change_names_beside};
 
 /// What a merge will do.
@@ -28,62 +28,111 @@ pub struct MergePlan {
     pub zeros: u64,
     /// The size that the target gets first, where it is smaller than the child.
     pub grow_to: Option<u64>,
-    /// Children of the images that change which are lost: they refuse to open afterwards.
+    /// Images that can't be opened any more afterwards: other children of those that change, and the images between where they
+    /// are not removed.
     pub lost: Vec<PathBuf>,
-    /// What an interrupted merge recorded, which is finished.
-    pub(crate) resumed: Option<Merge>,
+    /// What is left to do of it.
+    pub(crate) step: Step,
+}
+
+/// How far a merge came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Nothing is done.
+    New,
+    /// It was begun: all is moved again.
+    Begun,
+    /// The target holds all, which is proved before anything goes: what is left is to tell the children and to remove files.
+    Moved,
 }
 
 impl MergePlan {
     /// True when an interrupted merge is finished.
     #[must_use]
     pub fn is_resumed(&self) -> bool {
-        self.resumed.is_some()
+        self.step != Step::New
     }
 }
 
-/// Plans a merge of the image at `leaf`. An interrupted one is planned as it was begun.
+/// Plans a merge of the image at `leaf`. An interrupted one goes on where the call asks for the same.
 ///
 /// # Errors
-/// `InvalidInput` when there is nothing to merge into; `Refused` for what only `force` allows; as the images can't be
-/// read.
+/// `InvalidInput` when there is nothing to merge into; `Refused` for what only `force` allows, and where another merge was begun;
+/// as the images can't be read.
 pub fn plan(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result<MergePlan> {
-    plan_for(leaf, options, false, chain)
+    chain.refuse_ignoring(leaf)?;
+    let chain = &naming(options, chain);
+    if let Some(target) = &options.into
+        && let Some(merge) = unfinished(target)?
+    {
+        return resume::plan(leaf, target, &merge, options, chain);
+    }
+    let look = ChainOptions { resuming: options.into.as_deref().is_some_and(is_marked), ..read_only(chain) };
+    let opened = Chain::open(leaf, &look)?;
+    let depth = depth_of_target(&opened, options.into.as_deref())?;
+    let target = opened.layers()[depth].path().to_owned();
+    match unfinished(&target)? {
+        Some(merge) => {
+            drop(opened);
+            resume::plan(leaf, &target, &merge, options, chain)
+        }
+        None => plan_of(&opened, depth, options, false, chain),
+    }
 }
 
-/// As [`plan`], of one image of an undo session whose commit merges them all.
+/// As [`plan`], of one image of an undo session whose commit merges them all. `merge` was begun.
 ///
 /// # Errors
 /// As there.
-pub(crate) fn plan_of_commit(leaf: &Path, options: &MergeOptions, chain: &ChainOptions) -> Result<MergePlan> {
-    plan_for(leaf, options, true, chain)
+pub(crate) fn plan_of_commit(
+    leaf: &Path,
+    target: &Path,
+    merge: Option<&Merge>,
+    options: &MergeOptions,
+    chain: &ChainOptions,
+) -> Result<MergePlan> {
+    if let Some(merge) = merge {
+        return resume::plan(leaf, target, merge, options, chain);
+    }
+    let opened = Chain::open(leaf, &read_only(chain))?;
+    let depth = depth_of_target(&opened, Some(target))?;
+    plan_of(&opened, depth, options, true, chain)
 }
 
-fn plan_for(leaf: &Path, options: &MergeOptions, is_commit: bool, chain: &ChainOptions) -> Result<MergePlan> {
-    if let Some(target) = &options.into
-        && let Some(merge) = unfinished(target, leaf)?
-    {
-        return resumed(merge, chain);
-    }
-    let look = read_only(chain);
-    let opened = Chain::open(leaf, &look)?;
-    let depth = depth_of_target(&opened, options.into.as_deref())?;
+/// True for a target that a merge marked, and whose record is not beside it any more: the merge begins anew.
+fn is_marked(target: &Path) -> bool {
+    let footers = FileStorage::open(target, false).and_then(|file| Footers::read(&file).map_err(|error| Error::io(error, "")));
+    footers.is_ok_and(|footers| matches!(footers.stage(), Some((Stage::Merge, _))))
+}
+
+/// With the images that the call names among those that are taken for parents.
+fn naming(options: &MergeOptions, chain: &ChainOptions) -> ChainOptions {
+    let mut chain = chain.clone();
+    chain.parents.images.extend(options.with.iter().cloned());
+    chain
+}
+
+/// Plans the merge of a chain's leaf into the image at `depth`.
+pub(super) fn plan_of(
+    opened: &Chain,
+    depth: usize,
+    options: &MergeOptions,
+    is_commit: bool,
+    chain: &ChainOptions,
+) -> Result<MergePlan> {
     let layers = opened.layers();
+    let leaf = layers[0].path();
     layers[..depth].iter().filter_map(Layer::image).try_for_each(|image| refuse_linked(image, "is only read"))?;
     let target = &layers[depth];
-    if let Some(merge) = unfinished(target.path(), leaf)? {
-        return resumed(merge, chain);
-    }
     let uuid = layers[0].image().map(|image| image.footer().uuid()).unwrap_or_default();
-    let lost = lost_by(layers, depth);
-    let children = if uuid == [0; 16] { Vec::new() } else { find_children(leaf, uuid) };
+    let mut lost = lost_by(layers, depth);
+    let children = children_of(leaf, uuid, &options.with)?;
     if !options.force {
         refuse_unforced(layers, depth, &lost)?;
         if !is_commit {
-            refuse_parting(&layers[..depth], &children, &look)?;
+            refuse_parting(&layers[..depth], &children, &read_only(chain))?;
         }
     }
-    let real = |path: &Path| path.canonicalize().map_err(|error| Error::io(error, "can't be resolved").at(path));
     let upper = Chain::over(layers[0].clone(), layers[1..depth].to_vec());
     let size = upper.capabilities().size;
     let grow_to = (target.size() < size).then_some(size);
@@ -91,24 +140,69 @@ fn plan_for(leaf: &Path, options: &MergeOptions, is_commit: bool, chain: &ChainO
         let message = format!("has to grow to {size} bytes, where its own parent, which is larger, would show; convert it first");
         return Err(Error::new(ErrorKind::Refused, message).at(target.path()));
     }
-    let new_uuid = Uuid::new_v4();
-    let grow =
-        target.image().zip(grow_to).and_then(|(image, size)| fixed_growth(image, size, new_uuid).transpose()).transpose()?;
+    let known = |path: &Path, uuid| Ok(Named { path: real(path)?, uuid: Some(uuid) });
+    let between = layers[1..depth].iter().filter_map(Layer::image);
     let member = Member {
         target: real(target.path())?,
-        target_uuid: target.image().map(|image| (Uuid::from_bytes(image.footer().uuid()), new_uuid)),
+        target_uuid: target.image().map(|image| (uuid_of(image), Uuid::new_v4())),
         leaf: real(leaf)?,
         leaf_uuid: Uuid::from_bytes(uuid),
-        between: layers[1..depth].iter().map(|layer| real(layer.path())).collect::<Result<_>>()?,
-        children: children.iter().map(|child| real(child)).collect::<Result<_>>()?,
+        between: between.map(|image| known(image.path(), uuid_of(image))).collect::<Result<_>>()?,
+        children: children.iter().map(|child| known(child, child_uuid(child)?)).collect::<Result<_>>()?,
         delete: options.delete,
-        grow,
+        protection: None,
+        grow: target.image().zip(grow_to).map_or(Ok(None), |(image, size)| growth(image, size))?,
     };
+    if !options.delete {
+        lost.extend(member.between.iter().map(|named| named.path.clone()));
+    }
     let amount = amount(&upper, target.size())?;
     refuse_larger_children(&member, size, target.size(), chain)?;
     refuse_unrecordable(&member)?;
     refuse_unwritable(target, &member, options.force, chain)?;
-    Ok(MergePlan { member, data: amount.data, zeros: amount.zeros, grow_to, lost, resumed: None })
+    let protection = options.force.then(|| protection::of(target.path())).flatten();
+    let member = Member { protection, ..member };
+    Ok(MergePlan { member, data: amount.data, zeros: amount.zeros, grow_to, lost, step: Step::New })
+}
+
+/// How a fixed target becomes `size` bytes large: what a power cut may leave has no footer.
+fn growth(target: &Image, size: u64) -> Result<Option<FooterMove>> {
+    if target.footer().disk_type() != DiskType::Fixed {
+        return Ok(None);
+    }
+    let end = target.storage().len().map_err(|error| target.read_error(error, 0))?;
+    let mut footer = target.footer().clone();
+    footer.set_size(size);
+    Ok(Some(FooterMove::new(target.size(), end, size, &footer)))
+}
+
+pub(super) fn real(path: &Path) -> Result<PathBuf> {
+    path.canonicalize().map_err(|error| Error::io(error, "can't be resolved").at(path))
+}
+
+fn uuid_of(image: &Arc<Image>) -> Uuid {
+    Uuid::from_bytes(image.footer().uuid())
+}
+
+fn child_uuid(child: &Path) -> Result<Uuid> {
+    Ok(Uuid::from_bytes(uuid_of_file(child)?.unwrap_or_default()))
+}
+
+/// The leaf's own children: those beside it, and those that the call names.
+pub(super) fn children_of(leaf: &Path, uuid: [u8; 16], with: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    if uuid == [0; 16] {
+        return Ok(Vec::new());
+    }
+    let mut children = find_children(leaf, uuid);
+    let identity = |path: &Path| FileStorage::open(path, false)?.identity();
+    let mut known: Vec<_> = children.iter().filter_map(|child| identity(child).ok()).collect();
+    for named in with {
+        if is_child_of(named, uuid)? && !known.contains(&identity(named)?) {
+            known.push(identity(named)?);
+            children.push(named.clone());
+        }
+    }
+    Ok(children)
 }
 
 /// Refuses what would take a part out of an undo session: one of several undo disks, without which the others could only be
@@ -140,7 +234,7 @@ fn refuse_parting(merged: &[Layer], children: &[PathBuf], look: &ChainOptions) -
 /// Refuses a leaf of `size` bytes with a child that is larger, over a target that is: what lies there beyond the leaf's end
 /// would show in the child.
 fn refuse_larger_children(member: &Member, size: u64, target: u64, chain: &ChainOptions) -> Result<()> {
-    for child in member.children.iter().filter(|_| target > size) {
+    for child in member.children.iter().map(|named| &named.path).filter(|_| target > size) {
         if Chain::open_image(child, chain)?.size() > size {
             let (child, target) = (child.display(), member.target.display());
             let message = format!(
@@ -155,7 +249,8 @@ fn refuse_larger_children(member: &Member, size: u64, target: u64, chain: &Chain
 /// Refuses names that the record of a merge can't hold, which is text.
 fn refuse_unrecordable(member: &Member) -> Result<()> {
     let folder = folder_of(&member.target);
-    let mut named = [&member.target, &member.leaf].into_iter().chain(&member.between).chain(&member.children);
+    let others = member.between.iter().chain(&member.children).map(|named| &named.path);
+    let mut named = [&member.target, &member.leaf].into_iter().chain(others);
     match named.find(|path| relative_to(path, folder).to_str().is_none()) {
         Some(odd) => {
             let message = "its name is not UTF-8, so the record of a merge can't hold it; rename it";
@@ -169,103 +264,37 @@ fn refuse_unrecordable(member: &Member) -> Result<()> {
 fn refuse_unwritable(target: &Layer, member: &Member, force: bool, chain: &ChainOptions) -> Result<()> {
     let options = OpenOptions { force: true, ..chain.image.clone() };
     // With force the target's protection is lifted; that it is another user's is not.
-    let lifted = force && is_protected(target.path());
+    let lifted = force && protection::is_protected(target.path());
     let file = if lifted { FileStorage::open(target.path(), false)? } else { FileStorage::rehearse(target.path())? };
-    if target.image().is_some() {
+    if target.image().is_some() && Footers::read(&file).is_ok_and(|footers| footers.stage().is_none()) {
         Image::rehearse(&file, target.path(), &options)?;
     }
     let leaf = (!member.delete).then_some(member.leaf.as_path());
-    let mut relinked = leaf.into_iter().chain(member.children.iter().map(PathBuf::as_path));
+    let mut relinked = leaf.into_iter().chain(member.children.iter().map(|named| &*named.path));
     relinked.try_for_each(|path| Image::rehearse(&FileStorage::rehearse(path)?, path, &options))?;
-    let removed = std::iter::once(&member.leaf).chain(&member.between).filter(|_| member.delete);
+    let between = member.between.iter().map(|named| &named.path);
+    let removed = std::iter::once(&member.leaf).chain(between).filter(|_| member.delete);
     removed.into_iter().try_for_each(|path| refuse_unremovable(path))
-}
-
-/// True for a file that nobody may write, whoever asks.
-fn is_protected(path: &Path) -> bool {
-    is_read_only(path) || is_immutable(path)
-}
-
-fn is_read_only(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|metadata| metadata.permissions().readonly())
-}
-
-fn is_immutable(path: &Path) -> bool {
-    accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS) == Err(Errno::PERM)
 }
 
 /// Refuses an image that could not be removed at the end. One that was protected because it has children is immutable.
 fn refuse_unremovable(path: &Path) -> Result<()> {
     let failed = |error| Error::io(error, "can't be removed from its folder, as it would be once it is merged").at(path);
     may_change_names_beside(path).map_err(failed)?;
-    if is_immutable(path) {
+    if protection::is_immutable(path) {
         let message = "is immutable, so it can't be removed once it is merged; `chattr -i` ends that";
         return Err(Error::new(ErrorKind::ReadOnly, message).at(path));
     }
     Ok(())
 }
 
-/// How a fixed target becomes `size` bytes large.
-fn fixed_growth(target: &Image, size: u64, uuid: Uuid) -> Result<Option<FooterMove>> {
-    if target.footer().disk_type() != DiskType::Fixed {
-        return Ok(None);
-    }
-    let end = target.storage().len().map_err(|error| target.read_error(error, 0))?;
-    let mut footer = target.footer().clone();
-    footer.set_uuid(uuid.into_bytes());
-    footer.set_size(size);
-    Ok(Some(FooterMove::new(target.size(), end, size, &footer)))
-}
-
 pub(super) fn read_only(chain: &ChainOptions) -> ChainOptions {
     ChainOptions { image: OpenOptions { writable: false, ..chain.image.clone() }, ..chain.clone() }
 }
 
-/// The unfinished merge of `leaf` into `target`.
-fn unfinished(target: &Path, leaf: &Path) -> Result<Option<Merge>> {
-    let uuid = crate::chain::uuid_of_file(target)?;
-    let Some(merge) = intent::merge_of(target, uuid)? else { return Ok(None) };
-    if merge.undo {
-        intent::refuse(target, uuid, &[])?;
-    }
-    // The child may be removed already, so names are all there is to compare.
-    let is_leaf = |member: &Member| leaf.file_name() == member.leaf.file_name();
-    if merge.members.iter().any(is_leaf) { Ok(Some(merge)) } else { intent::refuse(target, uuid, &[]).map(|()| None) }
-}
-
-/// What is left to do of merges that were begun as one. How much they move is not counted again.
-pub(crate) fn plans_of(merge: &Merge) -> Vec<MergePlan> {
-    let plan = |member: &Member| MergePlan {
-        member: member.clone(),
-        data: 0,
-        zeros: 0,
-        grow_to: None,
-        lost: Vec::new(),
-        resumed: Some(merge.clone()),
-    };
-    merge.members.iter().map(plan).collect()
-}
-
-/// The plan of a merge that was begun.
-fn resumed(merge: Merge, chain: &ChainOptions) -> Result<MergePlan> {
-    let Some(member) = merge.members.first().cloned() else {
-        return Err(Error::new(ErrorKind::Corrupt, "the intent record names no image"));
-    };
-    let mut plan = MergePlan { member, data: 0, zeros: 0, grow_to: None, lost: Vec::new(), resumed: None };
-    if !merge.finishing {
-        let upper = upper(&plan.member, &read_only(chain))?;
-        let amount = amount(&upper, upper.capabilities().size)?;
-        (plan.data, plan.zeros) = (amount.data, amount.zeros);
-    }
-    plan.resumed = Some(merge);
-    Ok(plan)
-}
-
-/// The images above the target, without what is below them.
-pub(super) fn upper(member: &Member, look: &ChainOptions) -> Result<Chain> {
-    let open = |path: &PathBuf| Ok(Layer::Image(Arc::clone(&Chain::open_image(path, look)?)));
-    let between = member.between.iter().map(open).collect::<Result<Vec<_>>>()?;
-    Ok(Chain::over(open(&member.leaf)?, between))
+/// The merge that was begun into the image at `target`, as its record says.
+fn unfinished(target: &Path) -> Result<Option<Merge>> {
+    intent::merge_of(target, uuid_of_file(target)?)
 }
 
 fn depth_of_target(chain: &Chain, into: Option<&Path>) -> Result<usize> {
@@ -314,7 +343,7 @@ fn refuse_unforced(layers: &[Layer], depth: usize, lost: &[PathBuf]) -> Result<(
             return Err(Error::new(ErrorKind::Refused, message).at(image.path()));
         }
     }
-    if is_read_only(target) {
+    if protection::is_read_only(target) {
         let message = "is write-protected; --force writes to it all the same";
         return Err(Error::new(ErrorKind::Refused, message).at(target));
     }

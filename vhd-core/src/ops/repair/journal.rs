@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::intent::{self, InPlace, Intent, Work};
 use crate::ops::copy::is_zero;
 use crate::progress::Progress;
-use crate::storage::{FileStorage, Host, LockMode, Storage, folder_of, put_file};
+use crate::storage::{Access, FileStorage, Host, LockMode, Storage, folder_of, put_file};
 
 const SUFFIX: &str = ".vhd-repair-undo";
 const MAGIC: &str = "vhd-repair-undo";
@@ -118,7 +118,8 @@ pub(super) fn execute(
             .at(image)
     })?;
     let path = path_of(image, number)?;
-    put_file(host, &path, &encode(base, before, after, &changes, repair, progress).map_err(|error| error.at(image))?)?;
+    let journal = encode(base, before, after, &changes, repair, progress).map_err(|error| error.at(image))?;
+    put_file(host, &path, &journal, &Access::of(image))?;
     let name = path.file_name().map(PathBuf::from).unwrap_or_default();
     intent::put(host, image, &Intent::InPlace(InPlace { uuid: None, work: Work::Repair(name) }))?;
     if after != before {

@@ -17,7 +17,7 @@ use self::overlay::Overlay;
 use super::check::{CheckOptions, Code, Finding, Report, check};
 use crate::chain::ChainOptions;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Blocks, Image, OpenOptions};
+use crate::image::{Blocks, Footers, Image, OpenOptions};
 use crate::intent::{self, InPlace, Intent, Work};
 use crate::progress::Progress;
 use crate::storage::{FileStorage, LockMode, Storage};
@@ -71,6 +71,7 @@ const MAX_PASSES: usize = 6;
 /// `NotVhd` when nothing of a VHD is there; `Refused` for an image that another operation has in hand; `Locked`; as the host
 /// fails; `Cancelled`, when the image is what it was, or the same call begins again.
 pub fn repair(path: &Path, mode: RepairMode, dry_run: bool, chain: &ChainOptions, progress: &Progress) -> Result<Repair> {
+    chain.refuse_ignoring(path)?;
     let file = Arc::new(FileStorage::open(path, !dry_run)?);
     file.lock(if dry_run { LockMode::Read } else { LockMode::Write })?;
     let storage: Arc<dyn Storage> = if dry_run { file } else { chain.host.adopt(file) };
@@ -103,6 +104,9 @@ pub fn plan(storage: Arc<dyn Storage>, path: &Path, mode: RepairMode) -> Result<
 }
 
 fn plan_over(storage: Arc<dyn Storage>, path: &Path, mode: RepairMode) -> Result<(Arc<Overlay>, Repair)> {
+    if let Some((stage, footer)) = Footers::read(&*storage).ok().and_then(|footers| footers.stage()) {
+        return Err(crate::image::refusal(path, stage, &footer));
+    }
     let overlay = Arc::new(Overlay::new(storage).map_err(|error| Error::io(error, "can't be examined"))?);
     let before = look(&*overlay, path)?.findings;
     let (mut changes, mut lost, mut after) = (Vec::new(), Vec::new(), before.clone());
