@@ -18,7 +18,7 @@ use vhd_core::storage::{Access, FileStorage, LocalHost, LockMode, Storage, rehea
 use vhd_core::{Disk, Error, ErrorKind, Progress};
 
 use super::compare::{SourceFormat, open_source};
-use super::create::{parse_block_size, refuse_block_size};
+use super::create::{is_lost, parse_block_size, refuse_block_size};
 use super::{ChainArgs, named_otherwise};
 use crate::input::Input;
 use crate::output::{Answer, Context, ShownPath};
@@ -35,8 +35,9 @@ pub struct ConvertArgs {
     /// Make another type of the source itself, without a second copy of its data
     #[arg(long, requires = "to", conflicts_with_all = ["target", "size", "align", "overwrite"])]
     in_place: bool,
-    /// With --in-place: go on although a saved state relies on the image
-    #[arg(long, requires = "in_place")]
+    /// With --in-place: go on although a saved state relies on the image; with --overwrite: although children of the file that is
+    /// replaced are lost
+    #[arg(long)]
     force: bool,
     /// Say what would be done, and do nothing
     #[arg(long)]
@@ -113,11 +114,13 @@ impl ConvertArgs {
         if self.dry_run {
             return self.plan(context, format, source.as_ref());
         }
+        let lost = self.refuse_replacing()?;
         context.with_progress("convert", |progress| match format {
             TargetFormat::Raw => self.to_raw(context, source.as_ref(), progress),
             TargetFormat::Dynamic => self.to_vhd(context, source.as_ref(), NewKind::Dynamic, progress),
             TargetFormat::Fixed => self.to_vhd(context, source.as_ref(), NewKind::Fixed { preallocate: false }, progress),
         })?;
+        lost.iter().for_each(|lost| context.note(&is_lost(lost)));
         if context.json && !is_stream(self.target()) {
             context.print(
                 "",
@@ -135,7 +138,8 @@ impl ConvertArgs {
         };
         if !is_stream(self.target()) {
             rehearse_replace(self.target(), self.overwrite)?;
-            self.refuse_replacing(context)?;
+            let lost = self.refuse_replacing()?;
+            lost.iter().for_each(|lost| context.note(&format!("{}: would be lost", lost.display())));
         }
         let mut data = 0;
         source.extents(0..source.size(), &mut |extent| {
@@ -249,7 +253,6 @@ impl ConvertArgs {
             creator: Creator::WINDOWS_10,
             timestamp: Timestamp::now(),
         };
-        self.refuse_replacing(context)?;
         replace_file(&LocalHost, self.target(), self.overwrite, &access(source), |storage| {
             let is_new = storage.can_grow();
             for note in create(&**storage, &options)?.notes.into_iter().chain(named_otherwise(self.target())) {
@@ -265,16 +268,14 @@ impl ConvertArgs {
         })
     }
 
-    /// Refuses to replace what a chain needs, or says what is lost.
-    fn refuse_replacing(&self, context: &Context) -> Result<(), Error> {
-        if !self.overwrite || !self.target().exists() {
-            return Ok(());
+    /// Refuses to replace what a chain needs, or returns what is lost.
+    fn refuse_replacing(&self) -> Result<Vec<PathBuf>, Error> {
+        if !self.overwrite || is_stream(self.target()) || !self.target().exists() {
+            return Ok(Vec::new());
         }
         // That it can't be written at all comes first.
         rehearse_replace(self.target(), true)?;
-        let lost = refuse_replacing(self.target(), self.force)?;
-        lost.iter().for_each(|lost| context.note(&format!("{}: is lost: it can't be opened any more", lost.display())));
-        Ok(())
+        refuse_replacing(self.target(), self.force)
     }
 
     /// Fills the first `size` bytes of the target.
@@ -308,7 +309,6 @@ impl ConvertArgs {
             };
         }
         if self.overwrite && self.target().exists() {
-            self.refuse_replacing(context)?;
             return self.over_raw(source, size, progress);
         }
         replace_file(&LocalHost, self.target(), false, &access(source), |storage| {

@@ -1,6 +1,6 @@
 //! `vhd create`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -11,7 +11,7 @@ use vhd_core::image::{CreateOptions, NewKind, create_file};
 use vhd_core::{Error, ErrorKind};
 
 use super::{ChainArgs, named_otherwise, too_large_for_ide};
-use crate::output::{Answer, Context, ShownPath};
+use crate::output::{Answer, Context, ShownPath, from_here};
 use crate::sizes;
 
 /// Arguments of `vhd create`.
@@ -99,7 +99,6 @@ impl CreateArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         let uuid = self.uuid.unwrap_or_else(Uuid::new_v4);
         let lost = if self.overwrite { refuse_replacing(&self.image, self.force)? } else { Vec::new() };
-        lost.iter().for_each(|lost| context.note(&format!("{}: is lost: it can't be opened any more", lost.display())));
         let mut created = match (&self.parent, &self.link) {
             (None, Some(device)) => create_link(&self.image, device, uuid.into_bytes(), self.overwrite),
             (Some(parent), _) => {
@@ -119,6 +118,7 @@ impl CreateArgs {
             (None, None) => create_file(&self.image, &self.new_options(uuid)?, self.overwrite),
         }
         .map_err(|error| error.at(&self.image))?;
+        lost.iter().for_each(|lost| context.note(&is_lost(lost)));
         created.notes.extend(too_large_for_ide(created.size));
         created.notes.extend(named_otherwise(&self.image));
         for note in &created.notes {
@@ -162,6 +162,11 @@ impl CreateArgs {
             timestamp: Timestamp::now(),
         })
     }
+}
+
+/// What to say of an image whose parent was replaced.
+pub(super) fn is_lost(image: &Path) -> String {
+    format!("{}: is lost: it can't be opened any more", from_here(image))
 }
 
 /// Refuses a size of blocks for what has none: it would be ignored, and the user not told.
