@@ -253,7 +253,7 @@ fn a_note_is_taken_off_its_own_disks_alone_and_off_others_by_force() {
     saved_state::set(&other, true, &open).unwrap();
     let (file, missing) = (folder.join("guest.vsv"), folder.join("missing.vhd"));
     let notes = discard_state(&file, &[image.clone(), other.clone(), missing], &open, false).unwrap();
-    let told: Vec<_> = notes.iter().map(ToString::to_string).collect();
+    let told: Vec<_> = notes.notes.iter().map(ToString::to_string).collect();
     assert!(told.len() == 2 && told[0].contains("other.vhd: is another disk") && told[1].contains("missing.vhd"), "{told:?}");
     assert!(!is_noted(&image) && is_noted(&other) && !file.exists());
     discard_state(&file, std::slice::from_ref(&other), &open, true).unwrap();
