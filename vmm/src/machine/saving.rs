@@ -128,11 +128,11 @@ pub struct Discarded {
 /// is left then. With `force` the notes in the disks' footers are taken away all the same. `Locked` when a disk is in use; as
 /// the host fails.
 pub fn discard_state(file: &Path, leaves: &[PathBuf], open: &ChainOptions, force: bool) -> Result<Discarded, Error> {
-    let (mut done, mut found) = (Discarded::default(), Vec::new());
+    let (mut done, mut found, mut gone) = (Discarded::default(), Vec::new(), Vec::new());
     for leaf in leaves {
         match look_at(leaf) {
             Ok((uuid, noted)) => found.push((leaf, uuid, noted)),
-            Err(error) if error.kind() == ErrorKind::NotFound => done.notes.push(error),
+            Err(error) if error.kind() == ErrorKind::NotFound => gone.push(error),
             Err(error) => return Err(error),
         }
     }
@@ -154,6 +154,7 @@ pub fn discard_state(file: &Path, leaves: &[PathBuf], open: &ChainOptions, force
             done.notes.push(Error::new(ErrorKind::Refused, message).at(leaf));
         }
     }
+    done.notes.extend(gone);
     if let Some(head) = head {
         for missing in head.leaves().filter(|own| found.iter().all(|(_, uuid, _)| uuid != own)) {
             let uuid = uuid::Uuid::from_bytes(missing);

@@ -80,7 +80,20 @@ fn crc_of(tag: [u8; 4], content: &[u8]) -> u32 {
 /// One section: its tag and its content.
 type Section = ([u8; 4], Vec<u8>);
 
-fn write_section(to: &mut impl Write, tag: [u8; 4], content: &[u8]) -> io::Result<()> {
+/// Writes what a file begins with.
+///
+/// # Errors
+/// As `to` fails.
+pub fn write_start(to: &mut impl Write) -> io::Result<()> {
+    to.write_all(&MAGIC)?;
+    to.write_all(&VERSION.to_le_bytes())
+}
+
+/// Writes a section.
+///
+/// # Errors
+/// As `to` fails.
+pub fn write_section(to: &mut impl Write, tag: [u8; 4], content: &[u8]) -> io::Result<()> {
     to.write_all(&tag)?;
     to.write_all(&(content.len() as u64).to_le_bytes())?;
     to.write_all(&crc_of(tag, content).to_le_bytes())?;
@@ -144,8 +157,7 @@ pub fn write(path: &Path, state: &SavedState, memory: &Memory) -> Result<Identit
 
 fn fill(file: &File, state: &SavedState, memory: &Memory) -> io::Result<()> {
     let mut file = BufWriter::new(file);
-    file.write_all(&MAGIC)?;
-    file.write_all(&VERSION.to_le_bytes())?;
+    write_start(&mut file)?;
     let content = postcard::to_stdvec(state).map_err(io::Error::other)?;
     write_section(&mut file, *b"stat", &content)?;
     let pieces = memory::save(memory, |content| write_section(&mut file, *b"memo", &content))?;
