@@ -224,8 +224,9 @@ impl Plan {
         let told = |reaches: &[Reach]| reaches.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         let (here, all) = (path.display(), told(&[&needed[..], &optional[..]].concat()));
         if !needed.is_empty() {
-            let message =
-                format!("{why}, and wants what is not in its folder, a device or a script: {all}; vhd vm register {here} allows it");
+            let message = format!(
+                "{why}, and wants what is not in its folder, a device or a script: {all}; vhd vm register {here} allows it"
+            );
             return Err(Error::new(ErrorKind::Refused, message).at(&path));
         }
         optional.iter().for_each(|reach| plan.config.leave_out(reach.what));

@@ -29,8 +29,8 @@ use vhd_vmm::sandbox::{self, Access, Files};
 use vhd_vmm::saved;
 use vhd_vmm::virtio::block::{BlockOptions, Geometry, Policies, Policy};
 
-use super::ChainArgs;
 use self::stop::Stop;
+use super::ChainArgs;
 use super::machine::{MachineArgs, Plan};
 use crate::output::{Answer, Context};
 

@@ -153,6 +153,11 @@ impl SetArgs {
         // What others have changed is not taken over with it.
         if word == Word::Users {
             file.register()?;
+        } else {
+            let here = file.path().display();
+            context.note(&format!(
+                "{here}: is not registered, so it has no scripts and nothing out of its folder; see vhd vm register"
+            ));
         }
         context.print("", &json!({ "config": file.path().to_string_lossy(), "registered": word == Word::Users }))?;
         Ok(Answer::Yes)

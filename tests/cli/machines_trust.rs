@@ -47,7 +47,8 @@ fn a_strangers_configuration_runs_without_scripts_and_paths_outside() {
         "<hardware2/><settings><scripts><on_event>script</on_event></scripts><saved_state>{}</saved_state></settings>",
         state.display()
     );
-    let config = written(&["disk.vhd"], &more).replace("<virtio_bus>", &format!("<serial>unix:{}</serial><virtio_bus>", port.display()));
+    let config =
+        written(&["disk.vhd"], &more).replace("<virtio_bus>", &format!("<serial>unix:{}</serial><virtio_bus>", port.display()));
     fs::write(folder.join("evil.vmc"), config).unwrap();
     let output = vhd(folder).args(["run", "evil.vmc"]).output().unwrap();
     let notes = text(&output.stderr);
@@ -91,10 +92,23 @@ fn a_strangers_configuration_has_only_files_beneath_its_folder() {
     mkfifo(&folder.join("fifo.vhd"), Mode::S_IRWXU).unwrap();
     let mine = outer.join("mine.vhd");
     let run = || refused(vhd(&folder).args(["run", "evil.vmc"]));
-    for disk in ["../mine.vhd", "below/../../mine.vhd", "link.vhd", "up/mine.vhd", "absolute.vhd", "fifo.vhd", "below", "/dev/null", mine.to_str().unwrap()] {
+    for disk in [
+        "../mine.vhd",
+        "below/../../mine.vhd",
+        "link.vhd",
+        "up/mine.vhd",
+        "absolute.vhd",
+        "fifo.vhd",
+        "below",
+        "/dev/null",
+        mine.to_str().unwrap(),
+    ] {
         fs::write(folder.join("evil.vmc"), written(&[disk], "")).unwrap();
         let error = run();
-        assert!(error.starts_with("vhd: evil.vmc: is not registered, and wants ") && error.contains("vhd vm register"), "{disk}: {error}");
+        assert!(
+            error.starts_with("vhd: evil.vmc: is not registered, and wants ") && error.contains("vhd vm register"),
+            "{disk}: {error}"
+        );
         assert!(error.contains(&format!("disk 0 {disk}")), "{disk}: {error}");
     }
     for kernel in ["../guest", "/etc/passwd"] {
@@ -116,7 +130,8 @@ fn a_strangers_configuration_has_what_is_beneath_its_folder() {
     symlink("below/disk.vhd", folder.join("link.vhd")).unwrap();
     let whole = folder.canonicalize().unwrap().join("below/disk.vhd");
     for disk in ["below/disk.vhd", "below/../below/disk.vhd", "link.vhd", whole.to_str().unwrap()] {
-        fs::write(folder.join("theirs.vmc"), written(&[disk], "<settings><saved_state>below/s.vsv</saved_state></settings>")).unwrap();
+        fs::write(folder.join("theirs.vmc"), written(&[disk], "<settings><saved_state>below/s.vsv</saved_state></settings>"))
+            .unwrap();
         let output = vhd(folder).args(["run", "theirs.vmc"]).output().unwrap();
         assert!(output.status.success() && output.stderr.is_empty(), "{disk}: {}", text(&output.stderr));
     }
@@ -129,7 +144,8 @@ fn a_configuration_that_was_changed_is_a_strangers_again() {
     let elsewhere = tempfile::tempdir().unwrap();
     let told = elsewhere.path().join("told");
     canary_script(folder, &told);
-    let create = ["vm", "create", "mine.vmc", "--kernel", "guest", "--append", "do=hello", "--memory", "16M", "--on-event", "script"];
+    let create =
+        ["vm", "create", "mine.vmc", "--kernel", "guest", "--append", "do=hello", "--memory", "16M", "--on-event", "script"];
     said(vhd(folder).args(create));
     let list = folder.join("state/vhd");
     assert_eq!(list.metadata().unwrap().mode() & 0o777, 0o700);
@@ -147,7 +163,10 @@ fn a_configuration_that_was_changed_is_a_strangers_again() {
     let content = fs::read_to_string(folder.join("mine.vmc")).unwrap();
     fs::write(folder.join("mine.vmc"), content.replace("<cpus", " <cpus")).unwrap();
     let (ran, notes) = run();
-    assert!(!ran && !registered() && notes.contains("was changed since it was registered, so it runs without: script"), "{notes}");
+    assert!(
+        !ran && !registered() && notes.contains("was changed since it was registered, so it runs without: script"),
+        "{notes}"
+    );
     said(vhd(folder).args(["vm", "set", "mine.vmc", "--cpus", "2"]));
     assert!(!registered() && !run().0, "a change by vhd vm set takes over those of others");
     // As it was, it is the user's again; and so it is once it is registered.
@@ -188,9 +207,14 @@ fn a_configuration_is_read_from_regular_files_alone() {
     let _socket = std::os::unix::net::UnixListener::bind(folder.join("socket.vmc")).unwrap();
     fs::File::create(folder.join("large.vmc")).unwrap().set_len(1 << 40).unwrap();
     for name in ["fifo", "folder", "device", "socket", "large"] {
-        for command in [&["run"][..], &["vm", "show"], &["vm", "register"], &["vm", "set"], &["vm", "restore"], &["vm", "discard-state"]] {
+        for command in
+            [&["run"][..], &["vm", "show"], &["vm", "register"], &["vm", "set"], &["vm", "restore"], &["vm", "discard-state"]]
+        {
             let error = ends(vhd(folder).args(command).arg(format!("{name}.vmc")));
-            assert!(error.contains("is no regular file") || name == "large" && error.contains("has more than"), "{name}: {error}");
+            assert!(
+                error.contains("is no regular file") || name == "large" && error.contains("has more than"),
+                "{name}: {error}"
+            );
         }
     }
     // The folder of a link is that of what it leads to.
@@ -261,7 +285,9 @@ fn a_signal_ends_a_run_whose_scripts_never_end() {
     let folder = folder.path();
     fs::write(folder.join("script"), "#!/bin/sh\necho $$ > running\nexec sleep 300\n").unwrap();
     fs::set_permissions(folder.join("script"), fs::Permissions::from_mode(0o755)).unwrap();
-    for (signal, work) in [(Signal::SIGINT, "do=hello"), (Signal::SIGTERM, "do=hello"), (Signal::SIGINT, "do=spin"), (Signal::SIGTERM, "do=spin")] {
+    for (signal, work) in
+        [(Signal::SIGINT, "do=hello"), (Signal::SIGTERM, "do=hello"), (Signal::SIGINT, "do=spin"), (Signal::SIGTERM, "do=spin")]
+    {
         let _ = fs::remove_file(folder.join("running"));
         let mut command = vhd(folder);
         command.args(["run", "--kernel", "guest", "--memory", "16M", "--append", work, "--on-event", "script", "--name", "one"]);

@@ -109,7 +109,7 @@ fn compare(what: &str, disk: &dyn BlockDevice) {
 fn shared_memory_is_read_and_written_as_buffers_are() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
-    new_image(&path("fixed.vhd"), NewKind::Fixed, SIZE, BLOCK as u32);
+    new_image(&path("fixed.vhd"), NewKind::Fixed { preallocate: false }, SIZE, BLOCK as u32);
     new_image(&path("dynamic.vhd"), NewKind::Dynamic, SIZE, BLOCK as u32);
     new_image(&path("base.vhd"), NewKind::Dynamic, SIZE, BLOCK as u32);
     new_child(&path("child.vhd"), &path("base.vhd"));

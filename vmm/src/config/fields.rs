@@ -92,7 +92,9 @@ pub fn read(root: &Element, folder: &Path) -> Result<Config, Problem> {
         kernel: path(root, &KERNEL, folder)?,
         initrd: path(root, &INITRD, folder)?,
         append: value(root, &APPEND, "text", |text| Some(text.to_owned()))?,
-        serial: value(root, &SERIAL, "stdio, none or unix:PATH", |text| is_plain(text).then(|| Serial::from_text(text, folder))?)?,
+        serial: value(root, &SERIAL, "stdio, none or unix:PATH", |text| {
+            is_plain(text).then(|| Serial::from_text(text, folder))?
+        })?,
         undo: truth(root, &UNDO)?,
         at_end,
         low_space: number(root, &LOW_SPACE, 0..=u64::MAX)?,

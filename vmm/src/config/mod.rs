@@ -23,6 +23,9 @@ use self::document::{MAX_BYTES, Step};
 use crate::layout::MAX_DISKS;
 use crate::virtio::block::Policy;
 
+/// Elements that are not known are named until there are so many.
+const MAX_UNKNOWN: usize = 10;
+
 /// What becomes of undo disks when the machine is off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AtEnd {
@@ -156,10 +159,15 @@ impl ConfigFile {
         fields::read(self.document.root(), folder_of(&self.path)).map_err(|problem| self.problem(&problem))
     }
 
-    /// Names elements that are not understood where all should be, each with its place.
+    /// Names elements that are not understood where all should be, each with its place: the first of them, and how many more
+    /// there are.
     #[must_use]
     pub fn unknown(&self) -> Vec<String> {
-        fields::unknown(self.document.root()).into_iter().map(|problem| self.problem(&problem).to_string()).collect()
+        let mut unknown = fields::unknown(self.document.root());
+        let more = unknown.split_off(unknown.len().min(MAX_UNKNOWN)).len();
+        let mut told: Vec<_> = unknown.iter().map(|problem| self.problem(problem).to_string()).collect();
+        told.extend((more > 0).then(|| format!("{}: {more} more elements are not known here", self.path.display())));
+        told
     }
 
     /// Changes what differs from what it says now, and nothing else.

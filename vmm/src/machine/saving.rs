@@ -30,9 +30,7 @@ impl Shared {
         let Some(life) = &inner.life else { return Ok(()) };
         life.pause();
         let written = identity::settle(&self.definition.disks).and_then(|identities| life.save(file, identities));
-        let noted = written.and_then(|written| {
-            note(&self.definition.disks, true).inspect_err(|_| self.forget(file, written))
-        });
+        let noted = written.and_then(|written| note(&self.definition.disks, true).inspect_err(|_| self.forget(file, written)));
         if let Err(error) = noted {
             if inner.state == State::Running {
                 life.resume();

@@ -253,7 +253,7 @@ pub fn read_head(file: &mut impl Read) -> Result<SavedState, Error> {
 }
 
 fn corrupt(what: &str) -> Error {
-    Error::new(ErrorKind::Corrupt, format!("{what}; the saved state can't be gone on from"))
+    Error::new(ErrorKind::Corrupt, format!("{what}, so it can't be gone on from; move it away, or bring the saved state back"))
 }
 
 fn failed(error: io::Error) -> Error {
