@@ -143,7 +143,8 @@ impl Run<'_> {
             disks,
             low_space: config.low_space.unwrap_or(LOW_SPACE),
             state_file: Some(self.plan.state_file()),
-            config_file: self.plan.file.as_ref().map(|(path, _)| path.clone()),
+            // Whoever asks may be in another folder.
+            config_file: self.plan.file.as_ref().map(|(path, _)| std::path::absolute(path).unwrap_or_else(|_| path.clone())),
             registered: self.plan.file.as_ref().map(|(_, word)| *word == Word::Users),
             on_event: config.on_event.clone(),
             sandbox: !self.no_sandbox,

@@ -203,13 +203,16 @@ fn snapshot(context: &Context, machine: &str) -> Result<Answer, Error> {
     if let Some(mut file) = before {
         let mut config = file.read()?;
         for disk in &mut config.disks {
-            let image = leaves.iter().map(Path::new).find(|leaf| is_snapshot_of(leaf, &disk.image));
-            disk.image = image.map_or_else(|| disk.image.clone(), Path::to_owned);
+            // Their folders are as the machine sees them, and those of the disks.
+            let names = leaves.iter().filter_map(|leaf| Path::new(leaf).file_name());
+            let leaf = names.map(|name| disk.image.with_file_name(name)).find(|leaf| is_snapshot_of(leaf, &disk.image));
+            disk.image = leaf.unwrap_or_else(|| disk.image.clone());
         }
         file.write(&config)?;
-        if ConfigFile::open(file.path())?.is_same(&file) {
+        let now = ConfigFile::open(file.path())?;
+        if now.is_same(&file) {
             file.register()?;
-        } else {
+        } else if now.word()? != Word::Users {
             let here = file.path().display();
             context.note(&format!("{here}: has other changes than new leaves, and is not registered any more"));
         }

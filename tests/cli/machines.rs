@@ -328,7 +328,9 @@ fn a_snapshot_moves_a_configuration_on_to_the_new_leaves() {
     );
     let mut machine = Running(vhd(folder).args(["run", "here.vmc"]).stdout(Stdio::null()).spawn().unwrap());
     wait_until("a machine", || said(vhd(folder).args(["vm", "list"])).contains("running"));
-    said(vhd(folder).args(["vm", "snapshot", "here"]));
+    // From another folder.
+    let elsewhere = tempfile::tempdir().unwrap();
+    said(vhd(folder).current_dir(elsewhere.path()).args(["vm", "snapshot", "here"]));
     said(vhd(folder).args(["vm", "off", "here.vmc"]));
     assert!(machine.0.wait().unwrap().success());
     let text = std::fs::read_to_string(folder.join("here.vmc")).unwrap();

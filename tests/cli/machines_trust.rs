@@ -329,3 +329,48 @@ fn a_socket_is_not_put_over_or_removed_with_what_is_not_ours() {
     assert!(machine.0.wait().unwrap().success());
     assert_eq!(fs::read(folder.join("port")).unwrap(), b"precious");
 }
+
+#[test]
+fn a_snapshot_registers_nothing_but_new_leaves() {
+    let Some(folder) = folder_with_guest() else { return };
+    let folder = folder.path();
+    done(folder, "create disk.vhd --size 16M");
+    let create =
+        ["vm", "create", "mine.vmc", "--kernel", "guest", "--append", "do=spin", "--memory", "16M", "--disk", "disk.vhd"];
+    said(vhd(folder).args(create));
+    let registered = || shown(folder, "./mine.vmc")["registered"].as_bool().unwrap();
+    let mut machine = Running(vhd(folder).args(["run", "mine.vmc"]).stdout(Stdio::null()).spawn().unwrap());
+    wait_until("a machine", || said(vhd(folder).args(["vm", "list"])).contains("running"));
+    said(vhd(folder).args(["vm", "snapshot", "mine"]));
+    // As a monitor would that its guest got the better of: what it has changed is no part of what is taken over.
+    let content = fs::read_to_string(folder.join("mine.vmc")).unwrap();
+    assert!(content.contains("disk-1.vhd"));
+    fs::write(folder.join("mine.vmc"), content.replace("disk-1.vhd", "/etc/shadow")).unwrap();
+    said(vhd(folder).args(["vm", "snapshot", "mine"]));
+    said(vhd(folder).args(["vm", "off", "mine"]));
+    assert!(machine.0.wait().unwrap().success() && !registered());
+    fs::write(folder.join("mine.vmc"), &content).unwrap();
+    assert!(registered(), "the first snapshot was not registered");
+}
+
+#[test]
+fn a_signal_ends_the_question_what_becomes_of_undo_disks() {
+    let Some(folder) = folder_with_guest() else { return };
+    let folder = folder.path();
+    done(folder, "create disk.vhd --size 16M");
+    let run = "run --kernel guest --append do=hello --memory 16M --disk disk.vhd --undo";
+    let line = format!("{} {run}", env!("CARGO_BIN_EXE_vhd"));
+    let mut command = Command::new("script");
+    command.args(["-qefc", &line, "typescript"]).current_dir(folder).env("XDG_RUNTIME_DIR", folder);
+    let mut terminal = Running(command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap());
+    let shown = || fs::read_to_string(folder.join("typescript")).unwrap_or_default();
+    wait_until("the question", || shown().contains("[k]eep?"));
+    std::io::Write::write_all(terminal.0.stdin.as_mut().unwrap(), b"\x03").unwrap();
+    let begin = Instant::now();
+    while terminal.0.try_wait().unwrap().is_none() {
+        assert!(begin.elapsed() < PATIENCE, "it goes on to ask: {}", shown());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(terminal.0.wait().unwrap().code(), Some(130));
+    assert!(folder.join("disk.vud").exists(), "what was written is gone");
+}

@@ -299,8 +299,11 @@ fn a_paused_guest_may_be_saved_and_one_without_a_place_may_not() {
     machine.command(Command::Off).unwrap();
 }
 
+/// A section: its tag and its content.
+type Section = ([u8; 4], Vec<u8>);
+
 /// The sections of a sound state, of which the first is the machine and the last the end.
-fn sections_of(state: &[u8]) -> Vec<([u8; 4], Vec<u8>)> {
+fn sections_of(state: &[u8]) -> Vec<Section> {
     let (mut sections, mut rest) = (Vec::new(), &state[12..]);
     while !rest.is_empty() {
         let len = u64::from_le_bytes(rest[4..12].try_into().unwrap()) as usize;
@@ -311,7 +314,7 @@ fn sections_of(state: &[u8]) -> Vec<([u8; 4], Vec<u8>)> {
 }
 
 /// A state of these sections, with right checksums and a right count.
-fn forged(sections: &[([u8; 4], Vec<u8>)]) -> Vec<u8> {
+fn forged(sections: &[Section]) -> Vec<u8> {
     let mut bytes = Vec::new();
     saved::write_start(&mut bytes).unwrap();
     for (tag, content) in sections {
@@ -331,14 +334,14 @@ fn memory_that_a_save_does_not_make_is_refused_though_checksums_are_right() {
     let (machine, _, _) = filling(folder, &image);
     let pieces: Vec<_> = (0..sound.len()).filter(|at| sound[*at].0 == *b"memo").collect();
     let first = pieces[0];
-    let refuse = |what: &str, change: &dyn Fn(&mut Vec<([u8; 4], Vec<u8>)>)| {
+    let refuse = |what: &str, change: &dyn Fn(&mut Vec<Section>)| {
         let mut changed = sound.clone();
         change(&mut changed);
         fs::write(&file, forged(&changed)).unwrap();
         let error = machine.command(Command::Restore).unwrap_err();
         assert_eq!((error.kind(), machine.state()), (ErrorKind::Corrupt, State::Saved), "{what}: {error}");
     };
-    let set_start = |sections: &mut Vec<([u8; 4], Vec<u8>)>, start: u64| {
+    let set_start = |sections: &mut Vec<Section>, start: u64| {
         sections[first].1[..8].copy_from_slice(&start.to_le_bytes());
     };
     refuse("a piece twice", &|sections| sections.insert(first, sound[first].clone()));

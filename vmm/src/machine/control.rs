@@ -6,7 +6,6 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 use vhd_core::chain::ChildOptions;
 use vhd_core::live::{NewLeaf, snapshot_all};
-use vhd_core::storage::folder_of;
 use vhd_core::{Error, ErrorKind};
 use vhd_service::control::{EXTENSION, Handler, Request};
 use vhd_service::runtime;
@@ -144,7 +143,7 @@ fn base_of(leaf: &Path) -> String {
 #[must_use]
 pub fn is_snapshot_of(leaf: &Path, image: &Path) -> bool {
     let is_named = leaf.extension().is_some_and(|extension| extension == "vhd") && base_of(leaf) == base_of(image);
-    is_named && leaf != image && folder_of(leaf).canonicalize().ok() == folder_of(image).canonicalize().ok()
+    is_named && leaf != image && leaf.parent() == image.parent()
 }
 
 impl Handler for Machine {
