@@ -50,7 +50,12 @@ fn shell(folder: &Path, line: &str) -> String {
     let bin = Path::new(env!("CARGO_BIN_EXE_vhd")).parent().unwrap().display().to_string();
     let mut command = Command::new("bash");
     command.args(["-c", &format!("exec 2>&1; {line}")]).current_dir(folder);
-    let output = command.env("PATH", format!("{bin}:{}", search_path())).env("LC_ALL", "C.UTF-8").output().unwrap();
+    let output = command
+        .env("PATH", format!("{bin}:{}", search_path()))
+        .env("LC_ALL", "C.UTF-8")
+        .env("XDG_STATE_HOME", folder.join(".state"))
+        .output()
+        .unwrap();
     text(&output.stdout)
 }
 

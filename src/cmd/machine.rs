@@ -7,8 +7,9 @@ use vhd_core::chain::is_vhd_name;
 use vhd_core::ops::undo;
 use vhd_core::storage::folder_of;
 use vhd_core::{Error, ErrorKind};
-use vhd_vmm::config::{AtEnd, Config, ConfigFile, DiskConfig, Serial, file_of, name_of};
+use vhd_vmm::config::{AtEnd, Config, ConfigFile, DiskConfig, Reach, Serial, Word, file_of, name_of};
 use vhd_vmm::life::MAX_CPUS;
+use vhd_vmm::saved;
 use vhd_vmm::virtio::block::Policy;
 
 use crate::output::Context;
@@ -185,33 +186,79 @@ pub struct Plan {
     pub name: String,
     /// What it is.
     pub config: Config,
-    /// The file that says so.
-    pub file: Option<PathBuf>,
+    /// The file that says so, and whose word that is.
+    pub file: Option<(PathBuf, Word)>,
+}
+
+/// Opens the configuration of a machine: a `.vmc` file, or the name of one in the user's folder.
+pub fn open_config(machine: &str) -> Result<ConfigFile, Error> {
+    let path = file_of(machine)?;
+    ConfigFile::open(&path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => {
+            let message = match is_vhd_name(Path::new(machine)) {
+                true => "there is no such configuration; an image is run with --disk",
+                false => "there is no such configuration; vhd vm create makes one, vhd vm list tells those that there are",
+            };
+            Error::new(ErrorKind::NotFound, message).at(&path)
+        }
+        _ => error,
+    })
 }
 
 impl Plan {
-    /// The machine of a configuration: a `.vmc` file, or the name of one in the user's folder.
+    /// The machine of a configuration, with all that it says.
     pub fn of(machine: &str, context: &Context) -> Result<Self, Error> {
-        let path = file_of(machine)?;
-        let file = ConfigFile::open(&path).map_err(|error| match error.kind() {
-            ErrorKind::NotFound => {
-                let message = match is_vhd_name(Path::new(machine)) {
-                    true => "there is no such configuration; an image is run with --disk",
-                    false => "there is no such configuration; vhd vm create makes one, vhd vm list tells those that there are",
-                };
-                Error::new(ErrorKind::NotFound, message).at(&path)
-            }
-            _ => error,
-        })?;
+        let file = open_config(machine)?;
         file.unknown().iter().for_each(|unknown| context.note(unknown));
-        Ok(Self { name: name_of(&path), config: file.read()?, file: Some(path) })
+        let (config, word) = (file.read()?, file.word()?);
+        Ok(Self { name: name_of(&file_of(machine)?), config, file: Some((file.path().to_owned(), word)) })
+    }
+
+    /// The machine of a configuration, to be run: one that is not the user's word has no scripts and devices, and nothing out
+    /// of its folder. That is said.
+    pub fn to_run(machine: &str, context: &Context) -> Result<Self, Error> {
+        let mut plan = Self::of(machine, context)?;
+        let Some((path, why)) = plan.strangers() else { return Ok(plan) };
+        let path = path.to_owned();
+        let (needed, optional): (Vec<_>, Vec<_>) = plan.beyond()?.into_iter().partition(|reach| reach.what.is_needed());
+        let told = |reaches: &[Reach]| reaches.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let (here, all) = (path.display(), told(&[&needed[..], &optional[..]].concat()));
+        if !needed.is_empty() {
+            let message = format!(
+                "{why}, and wants what is not in its folder, a device or a script: {all}; vhd vm register {here} allows it"
+            );
+            return Err(Error::new(ErrorKind::Refused, message).at(&path));
+        }
+        optional.iter().for_each(|reach| plan.config.leave_out(reach.what));
+        if !optional.is_empty() {
+            context.note(&format!("{here}: {why}, so it runs without: {all}; vhd vm register {here} allows it"));
+        } else if matches!(plan.file, Some((_, Word::Changed))) {
+            context.note(&format!("{here}: {why}; it runs, as it wants nothing out of its folder"));
+        }
+        Ok(plan)
+    }
+
+    /// Where its configuration is and why that is not the user's word, where it is not.
+    pub fn strangers(&self) -> Option<(&Path, &'static str)> {
+        match self.file.as_ref()? {
+            (_, Word::Users) => None,
+            (path, Word::Changed) => Some((path, "was changed since it was registered")),
+            (path, Word::Strangers) => Some((path, "is not registered")),
+        }
+    }
+
+    /// What its configuration may not have, as it is not the user's word.
+    pub fn beyond(&self) -> Result<Vec<Reach>, Error> {
+        self.strangers().map_or(Ok(Vec::new()), |(path, _)| self.config.beyond(folder_of(path)))
     }
 
     /// Where the guest is when it is saved.
     pub fn state_file(&self) -> PathBuf {
-        let beside = self.file.as_deref().or_else(|| Some(self.config.disks.first()?.image.as_path()));
+        let file = self.file.as_ref().map(|(path, _)| path.as_path());
+        let beside = file.or_else(|| Some(self.config.disks.first()?.image.as_path()));
         let folder = beside.map_or(Path::new("."), folder_of);
-        self.config.state_file.clone().unwrap_or_else(|| folder.join(format!("{}.vsv", self.name)))
+        let named = self.config.state_file.as_deref().map(saved::named);
+        named.unwrap_or_else(|| folder.join(format!("{}.vsv", self.name)))
     }
 
     /// The images whose writes go to undo disks.
@@ -224,5 +271,15 @@ impl Plan {
     /// The file that the guest of a disk reads and writes.
     pub fn leaf(&self, disk: &DiskConfig) -> Result<PathBuf, Error> {
         if self.with_undo().contains(&disk.image) { undo::undo_of(&disk.image, None) } else { Ok(disk.image.clone()) }
+    }
+    /// The images that may have the note of its saved guest: those that it names, and their undo disks.
+    pub fn may_be_noted(&self) -> Result<Vec<PathBuf>, Error> {
+        let mut images = Vec::new();
+        for disk in &self.config.disks {
+            let undo = undo::undo_of(&disk.image, None)?;
+            images.push(disk.image.clone());
+            images.extend(Some(undo).filter(|undo| *undo != disk.image && undo.symlink_metadata().is_ok()));
+        }
+        Ok(images)
     }
 }

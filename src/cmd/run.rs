@@ -1,14 +1,15 @@
 //! `vhd run`
 
+mod stop;
 mod terminal;
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use vhd_core::chain::LinkedDisk;
@@ -18,21 +19,25 @@ use vhd_core::storage::{FileStorage, folder_of};
 use vhd_core::{Error, ErrorKind, LiveDisk, Progress};
 use vhd_service::control::Control;
 use vhd_service::events::Events;
-use vhd_vmm::config::{AtEnd, Config, DiskConfig, Serial};
+use vhd_vmm::config::{AtEnd, Config, DiskConfig, Serial, Word};
 use vhd_vmm::loader::Boot;
 use vhd_vmm::machine::{
     Command, Definition, Machine, MachineDisk, SerialSocket, SerialWriter, SharedConsole, State, discard_state, run_at_events,
     socket_of,
 };
 use vhd_vmm::sandbox::{self, Access, Files};
+use vhd_vmm::saved;
 use vhd_vmm::virtio::block::{BlockOptions, Geometry, Policies, Policy};
 
+use self::stop::Stop;
 use super::ChainArgs;
 use super::machine::{MachineArgs, Plan};
 use crate::output::{Answer, Context};
 
 /// How often it is looked whether the machine is to end.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long scripts are waited for when the user wants an end.
+const LAST_SCRIPTS: Duration = Duration::from_secs(5);
 
 /// The kernel's command line where nothing is said.
 const COMMAND_LINE: &str = "console=ttyS0 panic=-1";
@@ -68,7 +73,7 @@ pub struct RunArgs {
 impl RunArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
         let mut plan = match &self.config {
-            Some(config) => Plan::of(config, context)?,
+            Some(config) => Plan::to_run(config, context)?,
             None => Plan { name: String::new(), config: Config::default(), file: None },
         };
         self.machine.apply(&mut plan.config)?;
@@ -79,7 +84,7 @@ impl RunArgs {
             plan.name = from_disk.map_or_else(|| "vm".to_owned(), |stem| stem.to_string_lossy().into_owned());
         }
         let run = Run { plan: &plan, open: &self.open, force: self.force, no_sandbox: self.no_sandbox };
-        if self.discard_state && plan.state_file().exists() {
+        if self.discard_state && plan.state_file().symlink_metadata().is_ok() {
             run.discard_state(context)?;
         }
         run.run(context)
@@ -97,14 +102,15 @@ pub struct Run<'a> {
 impl Run<'_> {
     /// From the start, or from the saved state, to the end.
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
-        let stop = stop_signals()?;
+        let stop = Stop::listen()?;
         let name = &self.plan.name;
         let socket = socket_of(name)?;
-        let disks = self.open_disks(context)?;
+        let is_saved = saved::look(&self.plan.state_file())?.is_some();
+        let disks = self.open_disks(is_saved, context)?;
         let state = self.live(&socket, disks, &stop, context)?;
         // The disks are closed now. A guest that was saved needs its undo disks to go on.
         if state != State::Saved {
-            self.end_undo(context)?;
+            self.end_undo(&stop, context)?;
         }
         if let State::Faulted(why) = state {
             return Err(Error::new(ErrorKind::Io, format!("the guest can't go on: {why}")).at(Path::new(name)));
@@ -112,14 +118,12 @@ impl Run<'_> {
         Ok(Answer::Yes)
     }
 
-    /// Forgets the saved guest.
-    pub fn discard_state(&self, context: &Context) -> Result<(), Error> {
-        let leaves = self.plan.config.disks.iter().filter(|disk| !disk.read_only.unwrap_or(false));
-        let leaves = leaves.map(|disk| self.plan.leaf(disk)).collect::<Result<Vec<_>, _>>()?;
-        let file = self.plan.state_file();
-        let notes = discard_state(&file, &leaves, &self.open.options(true, self.force), self.force)?;
-        notes.iter().for_each(|note| context.note(&note.to_string()));
-        Ok(())
+    /// Forgets the saved guest. Returns the images whose note was taken off.
+    pub fn discard_state(&self, context: &Context) -> Result<Vec<PathBuf>, Error> {
+        let (file, images) = (self.plan.state_file(), self.plan.may_be_noted()?);
+        let discarded = discard_state(&file, &images, &self.open.options(true, self.force), self.force)?;
+        discarded.notes.iter().for_each(|note| context.note(&note.to_string()));
+        Ok(discarded.cleared)
     }
 
     fn boot(&self) -> Boot {
@@ -129,7 +133,7 @@ impl Run<'_> {
     }
 
     /// The machine, until it is off. Returns its last state.
-    fn live(&self, socket: &Path, disks: Vec<MachineDisk>, stop: &AtomicBool, context: &Context) -> Result<State, Error> {
+    fn live(&self, socket: &Path, disks: Vec<MachineDisk>, stop: &Stop, context: &Context) -> Result<State, Error> {
         let config = &self.plan.config;
         let definition = Definition {
             name: self.plan.name.clone(),
@@ -139,7 +143,10 @@ impl Run<'_> {
             disks,
             low_space: config.low_space.unwrap_or(LOW_SPACE),
             state_file: Some(self.plan.state_file()),
-            config_file: self.plan.file.clone(),
+            // Whoever asks may be in another folder.
+            config_file: self.plan.file.as_ref().map(|(path, _)| std::path::absolute(path).unwrap_or_else(|_| path.clone())),
+            registered: self.plan.file.as_ref().map(|(_, word)| *word == Word::Users),
+            on_event: config.on_event.clone(),
             sandbox: !self.no_sandbox,
         };
         let events = Events::default();
@@ -167,6 +174,8 @@ impl Run<'_> {
         if let Some(chosen) = machine.chosen_kernel() {
             context.note(&chosen);
         }
+        // From here on its end is one in good order.
+        stop.in_order(true);
         let terminal = match &config.serial {
             None | Some(Serial::Stdio) => Some(terminal::Terminal::attach(machine.clone())?),
             _ => None,
@@ -177,8 +186,9 @@ impl Run<'_> {
             machine.command(Command::Off)?;
         }
         drop((port, machine, events));
+        stop.in_order(false);
         if let Some(hook) = hook {
-            let _ = hook.join();
+            wait_for_scripts(hook, stop, context);
         }
         Ok(state)
     }
@@ -209,7 +219,7 @@ impl Run<'_> {
         Ok(files)
     }
 
-    fn open_disks(&self, context: &Context) -> Result<Vec<MachineDisk>, Error> {
+    fn open_disks(&self, is_saved: bool, context: &Context) -> Result<Vec<MachineDisk>, Error> {
         self.plan.config.disks.iter().try_for_each(|disk| refuse_linked(&disk.image))?;
         let images = self.plan.with_undo();
         let undo_disks = images.iter().map(|image| undo::undo_of(image, None)).collect::<Result<Vec<_>, _>>()?;
@@ -218,7 +228,7 @@ impl Run<'_> {
             let (_, notes) = undo::start(&images, None, &self.open.options(false, self.force))?;
             notes.iter().for_each(|note| context.note(note));
         }
-        self.plan.config.disks.iter().map(|disk| self.open_disk(disk)).collect()
+        self.plan.config.disks.iter().map(|disk| self.open_disk(disk, is_saved)).collect()
     }
 
     /// Whether a disk is written to. What is tolerated is not.
@@ -226,10 +236,10 @@ impl Run<'_> {
         !config.read_only.unwrap_or(false) && !self.open.tolerant
     }
 
-    fn open_disk(&self, config: &DiskConfig) -> Result<MachineDisk, Error> {
+    fn open_disk(&self, config: &DiskConfig, is_saved: bool) -> Result<MachineDisk, Error> {
         let mut options = self.open.options(self.writes(config), self.force);
         // A disk that waits for this machine's saved guest is not refused to it.
-        options.image.owns_saved_state = self.plan.state_file().exists();
+        options.image.owns_saved_state = is_saved;
         let live = LiveDisk::open(&self.plan.leaf(config)?, &options)?;
         let footer = live.with_chain(|chain| Ok(chain.layers()[0].image().map(|image| image.footer().clone())))?;
         let geometry = footer.as_ref().map(|footer| {
@@ -248,7 +258,7 @@ impl Run<'_> {
     }
 
     /// Does with the undo disks what the user says.
-    fn end_undo(&self, context: &Context) -> Result<(), Error> {
+    fn end_undo(&self, stop: &Stop, context: &Context) -> Result<(), Error> {
         let images = self.plan.with_undo();
         if images.is_empty() {
             return Ok(());
@@ -263,6 +273,7 @@ impl Run<'_> {
             AtEnd::Keep => context.note("what was written is kept on undo disks; vhd undo commit or discard ends that"),
             AtEnd::Discard => drop(undo::discard(&images, None, self.force, &chain)?),
             AtEnd::Commit => {
+                stop.in_order(true);
                 let commit = |progress: &Progress| undo::commit(&images, None, self.force, &chain, progress);
                 context.with_progress("committing", commit)?;
             }
@@ -289,22 +300,26 @@ fn refuse_linked(image: &Path) -> Result<(), Error> {
 }
 
 /// Waits until the machine is off, the user or a signal says so, or it can't go on and nobody could tell it to.
-fn wait(machine: &Machine, stop: &AtomicBool, wants_to_end: impl Fn() -> bool) -> State {
+fn wait(machine: &Machine, stop: &Stop, wants_to_end: impl Fn() -> bool) -> State {
     loop {
         let state = machine.wait(LOOK_EVERY, |state| matches!(state, State::Off | State::Saved | State::Faulted(_)));
         let over = matches!(state, State::Off | State::Saved | State::Faulted(_));
-        if over || stop.load(Ordering::SeqCst) || wants_to_end() {
+        if over || stop.is_wanted() || wants_to_end() {
             return state;
         }
     }
 }
 
-fn stop_signals() -> Result<Arc<AtomicBool>, Error> {
-    let stop = Arc::<AtomicBool>::default();
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
-        signal_hook::flag::register(signal, Arc::clone(&stop)).map_err(|error| Error::io(error, "signals can't be heard"))?;
+/// Waits for the scripts of a machine that is over; not for long where the user wants an end. They go on by themselves then.
+fn wait_for_scripts(hook: JoinHandle<()>, stop: &Stop, context: &Context) {
+    let begin = Instant::now();
+    while !hook.is_finished() {
+        if stop.is_wanted() && begin.elapsed() > LAST_SCRIPTS {
+            return context.note("scripts at events are not done yet, and are not waited for any longer");
+        }
+        std::thread::sleep(LOOK_EVERY / 10);
     }
-    Ok(stop)
+    let _ = hook.join();
 }
 
 fn ask() -> Result<AtEnd, Error> {

@@ -8,11 +8,12 @@ use serde_json::{Value, json};
 use vhd_core::storage::FileStorage;
 use vhd_core::{Error, ErrorKind};
 use vhd_service::control::{Request, call};
-use vhd_vmm::config::{Config, ConfigFile, configured, file_of, name_of};
-use vhd_vmm::machine::{running, socket_of};
+use vhd_vmm::config::{Config, ConfigFile, Reach, What, Word, configured, file_of, name_of};
+use vhd_vmm::machine::{is_snapshot_of, running, socket_of};
+use vhd_vmm::saved;
 
 use super::ChainArgs;
-use super::machine::{MachineArgs, Plan};
+use super::machine::{MachineArgs, Plan, open_config};
 use super::run::{MEMORY, Run};
 use crate::output::{Answer, Context};
 use crate::sizes;
@@ -30,6 +31,8 @@ enum Action {
     Create(CreateArgs),
     /// Change it; what it says beyond is kept. A machine that runs is what it was until it is started anew
     Set(SetArgs),
+    /// Take a configuration over from whoever made it, with every file, device and script that it names: they are listed
+    Register(NameArgs),
     /// List the machines that have a process or a configuration in the user's folder
     List,
     /// Say what a machine is and how it is with it
@@ -100,6 +103,7 @@ impl VmArgs {
         match &self.action {
             Action::Create(args) => args.run(context),
             Action::Set(args) => args.run(context),
+            Action::Register(args) => register(context, &args.name),
             Action::List => list(context),
             Action::Show(args) => show(context, &args.name),
             Action::Pause(args) => command(context, &args.name, "pause"),
@@ -110,12 +114,7 @@ impl VmArgs {
             Action::Save(args) => command(context, &args.name, "save"),
             Action::Restore(args) => args.restore(context),
             Action::DiscardState(args) => args.discard(context),
-            Action::Snapshot(args) => {
-                let answer = ask(&args.name, "snapshot")?;
-                let leaves = answer["leaves"].as_array().into_iter().flatten().filter_map(Value::as_str);
-                context.print(&leaves.map(|leaf| format!("{leaf}\n")).collect::<String>(), &answer)?;
-                Ok(Answer::Yes)
-            }
+            Action::Snapshot(args) => snapshot(context, &args.name),
         }
     }
 }
@@ -135,6 +134,7 @@ impl CreateArgs {
         let mut file = ConfigFile::new(&path)?;
         file.write(&config)?;
         file.save(true)?;
+        file.register().inspect_err(|_| drop(std::fs::remove_file(&path)))?;
         context.print(&format!("{}\n", path.display()), &json!({ "config": path.to_string_lossy() }))?;
         Ok(Answer::Yes)
     }
@@ -142,25 +142,89 @@ impl CreateArgs {
 
 impl SetArgs {
     fn run(&self, context: &Context) -> Result<Answer, Error> {
-        let plan = Plan::of(&self.name, context)?;
-        let path = file_of(&self.name)?;
-        let mut config = plan.config;
+        let mut file = open_config(&self.name)?;
+        let (mut config, word) = (file.read()?, file.word()?);
         for position in &self.remove_disk {
-            config.remove(*position).map_err(|error| error.at(&path))?;
+            config.remove(*position).map_err(|error| error.at(file.path()))?;
         }
         self.machine.apply(&mut config)?;
-        let mut file = ConfigFile::open(&path)?;
         file.write(&config)?;
         file.save(false)?;
-        context.print("", &json!({ "config": path.to_string_lossy() }))?;
+        // What others have changed is not taken over with it.
+        if word == Word::Users {
+            file.register()?;
+        } else {
+            let here = file.path().display();
+            context.note(&format!(
+                "{here}: is not registered, so it has no scripts and nothing out of its folder; see vhd vm register"
+            ));
+        }
+        context.print("", &json!({ "config": file.path().to_string_lossy(), "registered": word == Word::Users }))?;
         Ok(Answer::Yes)
     }
+}
+
+/// Makes a configuration the user's word, and lists what that takes over.
+fn register(context: &Context, machine: &str) -> Result<Answer, Error> {
+    let file = open_config(machine)?;
+    let config = file.read()?;
+    file.register()?;
+    let reaches = config.reaches();
+    let lines = reaches.iter().map(|reach| format!("{reach}{}\n", if is_device(&reach.path) { " (a device)" } else { "" }));
+    let document = json!({
+        "config": file.path().to_string_lossy(),
+        "registered": true,
+        "reaches": reaches.iter().map(told).collect::<Vec<_>>(),
+    });
+    context.print(&lines.collect::<String>(), &document)?;
+    Ok(Answer::Yes)
+}
+
+/// Something that a configuration names, in JSON.
+fn told(reach: &Reach) -> Value {
+    let disk = if let What::Disk(position) = reach.what { Some(position) } else { None };
+    let (path, device) = (reach.path.to_string_lossy(), is_device(&reach.path));
+    json!({ "what": reach.what.name(), "disk": disk, "path": path, "device": device })
+}
+
+fn is_device(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device() || found.file_type().is_char_device())
+}
+
+/// Gives the disks of a running machine new leaves. Its configuration names them then, and is registered if it was: the machine
+/// itself can't do that, as whoever got the better of it could take any configuration for the user's.
+fn snapshot(context: &Context, machine: &str) -> Result<Answer, Error> {
+    let config = ask(machine, "show")?["config"].as_str().map(str::to_owned);
+    let before = config.and_then(|config| ConfigFile::open(Path::new(&config)).ok());
+    let before = before.filter(|file| file.word().is_ok_and(|word| word == Word::Users));
+    let answer = ask(machine, "snapshot")?;
+    let leaves: Vec<_> = answer["leaves"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    if let Some(mut file) = before {
+        let mut config = file.read()?;
+        for disk in &mut config.disks {
+            // Their folders are as the machine sees them, and those of the disks.
+            let names = leaves.iter().filter_map(|leaf| Path::new(leaf).file_name());
+            let leaf = names.map(|name| disk.image.with_file_name(name)).find(|leaf| is_snapshot_of(leaf, &disk.image));
+            disk.image = leaf.unwrap_or_else(|| disk.image.clone());
+        }
+        file.write(&config)?;
+        let now = ConfigFile::open(file.path())?;
+        if now.is_same(&file) {
+            file.register()?;
+        } else if now.word()? != Word::Users {
+            let here = file.path().display();
+            context.note(&format!("{here}: has other changes than new leaves, and is not registered any more"));
+        }
+    }
+    context.print(&leaves.iter().map(|leaf| format!("{leaf}\n")).collect::<String>(), &answer)?;
+    Ok(Answer::Yes)
 }
 
 impl StateArgs {
     /// The machine as its configuration has it, or as options say where it has none.
     fn plan(&self, context: &Context) -> Result<Plan, Error> {
-        let mut plan = match Plan::of(&self.name, context) {
+        let mut plan = match Plan::to_run(&self.name, context) {
             Err(error) if error.kind() == ErrorKind::NotFound && self.machine.has_disks() => {
                 Plan { name: self.name.clone(), config: Config::default(), file: None }
             }
@@ -182,7 +246,7 @@ impl StateArgs {
         }
         let plan = self.plan(context)?;
         let file = plan.state_file();
-        if !file.exists() {
+        if file.symlink_metadata().is_err() {
             return Err(Error::new(ErrorKind::NotFound, "there is no saved state to go on from; vhd run begins anew").at(&file));
         }
         self.run_of(&plan).run(context)
@@ -194,8 +258,9 @@ impl StateArgs {
             return Ok(Answer::Yes);
         }
         let plan = self.plan(context)?;
-        self.run_of(&plan).discard_state(context)?;
-        context.print("", &json!({ "state": "off" }))?;
+        let cleared = self.run_of(&plan).discard_state(context)?;
+        let cleared: Vec<_> = cleared.iter().map(|image| image.to_string_lossy()).collect();
+        context.print("", &json!({ "state": state_without_process(&plan).0, "cleared": cleared }))?;
         Ok(Answer::Yes)
     }
 }
@@ -235,7 +300,7 @@ fn command(context: &Context, machine: &str, command: &str) -> Result<Answer, Er
 fn show(context: &Context, machine: &str) -> Result<Answer, Error> {
     let found = match ask_if_running(machine, "show") {
         Some(found) => found?,
-        None if file_of(machine)?.exists() => describe(&Plan::of(machine, context)?),
+        None if file_of(machine)?.symlink_metadata().is_ok() => describe(&Plan::of(machine, context)?)?,
         None => return Err(has_no_process(machine)),
     };
     context.print(&text_of(&found), &found)?;
@@ -243,7 +308,9 @@ fn show(context: &Context, machine: &str) -> Result<Answer, Error> {
 }
 
 /// A machine that has no process, with the words that one with a process has for itself.
-fn describe(plan: &Plan) -> Value {
+fn describe(plan: &Plan) -> Result<Value, Error> {
+    let (state, reason) = state_without_process(plan);
+    let beyond: Vec<_> = plan.beyond()?.iter().map(told).collect();
     let config = &plan.config;
     let disks = config.disks.iter().map(|disk| {
         json!({
@@ -256,19 +323,32 @@ fn describe(plan: &Plan) -> Value {
             "on_no_space": disk.on_no_space.map_or("pause", |policy| policy.name()),
         })
     });
-    json!({
+    Ok(json!({
         "name": plan.name,
-        "state": if plan.state_file().exists() { "saved" } else { "off" },
-        "reason": null,
+        "state": state,
+        "reason": reason,
         "pid": null,
-        "config": plan.file.as_ref().map(|file| file.to_string_lossy()),
+        "config": plan.file.as_ref().map(|(file, _)| file.to_string_lossy()),
+        "registered": plan.file.as_ref().map(|(_, word)| *word == Word::Users),
+        "not_registered": plan.strangers().map(|(_, why)| why),
+        "left_out": beyond,
         "cpus": config.cpus.unwrap_or(1),
         "memory": config.memory.unwrap_or(MEMORY),
         "kernel": config.kernel.as_ref().map(|kernel| kernel.to_string_lossy()),
         "command_line": config.append,
         "undo": config.undo.unwrap_or(false),
+        "on_event": config.on_event.as_ref().map(|script| script.to_string_lossy()),
         "disks": disks.collect::<Vec<_>>(),
-    })
+    }))
+}
+
+/// The state of a machine that has no process, and why it is not known where it is not.
+fn state_without_process(plan: &Plan) -> (&'static str, Option<String>) {
+    match saved::look(&plan.state_file()) {
+        Ok(Some(_)) => ("saved", None),
+        Ok(None) => ("off", None),
+        Err(error) => ("unknown", Some(error.to_string())),
+    }
 }
 
 fn list(context: &Context) -> Result<Answer, Error> {
@@ -284,8 +364,8 @@ fn list(context: &Context) -> Result<Answer, Error> {
             continue;
         }
         // A configuration that is wrong is a machine all the same, and its owner should hear of it.
-        let machine = match Plan::of(&file.to_string_lossy(), context) {
-            Ok(plan) => describe(&plan),
+        let machine = match Plan::of(&file.to_string_lossy(), context).and_then(|plan| describe(&plan)) {
+            Ok(machine) => machine,
             Err(error) => json!({ "name": name, "state": "unknown", "reason": error.to_string() }),
         };
         machines.push(json!({ "name": name, "state": machine["state"], "reason": machine["reason"], "pid": null }));
@@ -313,13 +393,22 @@ fn text_of(found: &Value) -> String {
     let _ = writeln!(text, "memory        {}", sizes::show(found["memory"].as_u64().unwrap_or(0)));
     let _ = writeln!(text, "kernel        {}", found["kernel"].as_str().unwrap_or("as the first disk's boot menu says"));
     if let Some(config) = found["config"].as_str() {
-        let _ = writeln!(text, "configuration {config}");
+        let why = found["not_registered"].as_str().unwrap_or("is not registered");
+        let registered = if found["registered"].as_bool() == Some(true) { "registered" } else { why };
+        let _ = writeln!(text, "configuration {config} ({registered})");
+    }
+    if let Some(script) = found["on_event"].as_str() {
+        let _ = writeln!(text, "at events     {script}");
     }
     for disk in found["disks"].as_array().into_iter().flatten() {
         let image = disk["image"].as_str().unwrap_or_default();
         let size = disk["size"].as_u64().map_or_else(String::new, |size| format!(", {}", sizes::show(size)));
         let read_only = if disk["read_only"].as_bool() == Some(true) { ", read-only" } else { "" };
         let _ = writeln!(text, "disk {:<9}{image}{size}{read_only}", disk["disk"].as_u64().unwrap_or(0));
+    }
+    for reach in found["left_out"].as_array().into_iter().flatten() {
+        let (what, path) = (reach["what"].as_str().unwrap_or_default(), reach["path"].as_str().unwrap_or_default());
+        let _ = writeln!(text, "not allowed   {what} {path}");
     }
     text
 }

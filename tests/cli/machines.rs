@@ -34,7 +34,11 @@ impl Drop for Running {
 
 pub fn vhd(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vhd"));
-    command.current_dir(folder).env("XDG_RUNTIME_DIR", folder).env("XDG_CONFIG_HOME", folder).stdin(Stdio::null());
+    command.current_dir(folder).stdin(Stdio::null());
+    for variable in ["XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"] {
+        command.env(variable, folder);
+    }
+    command.env("XDG_STATE_HOME", folder.join("state"));
     command
 }
 
@@ -115,7 +119,7 @@ pub fn pattern(sector: u64) -> [u8; 8] {
 }
 
 /// What a command that must not succeed says.
-fn refused(command: &mut Command) -> String {
+pub fn refused(command: &mut Command) -> String {
     let output = command.output().unwrap();
     let error = text(&output.stderr);
     assert!(output.status.code() == Some(2) && error.lines().count() == 1, "{command:?}: {error} {}", text(&output.stdout));
@@ -123,7 +127,7 @@ fn refused(command: &mut Command) -> String {
 }
 
 /// Runs a machine in the background, saves it when it has said something so many times, and adds what it said to `told`.
-fn save_after(command: &mut Command, folder: &Path, name: &str, what: &str, times: usize, told: &mut String) {
+pub fn save_after(command: &mut Command, folder: &Path, name: &str, what: &str, times: usize, told: &mut String) {
     let log = folder.join("log");
     let mut machine = Running(command.stdout(std::fs::File::create(&log).unwrap()).spawn().unwrap());
     wait_until(what, || std::fs::read_to_string(&log).unwrap().matches(what).count() >= times);
@@ -132,7 +136,7 @@ fn save_after(command: &mut Command, folder: &Path, name: &str, what: &str, time
     *told += &std::fs::read_to_string(&log).unwrap();
 }
 
-fn run_disk(folder: &Path, line: &str) -> Command {
+pub fn run_disk(folder: &Path, line: &str) -> Command {
     let mut command = vhd(folder);
     command.args(["run", "--kernel", "guest", "--append", line, "--memory", "16M", "--disk", "disk.vhd"]);
     command
@@ -285,6 +289,9 @@ fn a_configured_machine_is_made_shown_changed_run_saved_restored_and_discarded()
         text.contains("<!-- mine --><hardware><floppy a='b'/>") && text.contains(">32<") && !text.contains("read_only"),
         "{text}"
     );
+    // What was changed by hand is taken over again.
+    assert_eq!(shown(folder, "one")["registered"].as_bool(), Some(false));
+    vm(&["register", "one"]);
     let shown = shown(folder, "one");
     assert_eq!((shown["state"].as_str(), shown["memory"].as_u64()), (Some("off"), Some(32 << 20)));
     assert!(refused(vhd(folder).args(["vm", "restore", "one"])).contains("there is no saved state"));
@@ -321,11 +328,14 @@ fn a_snapshot_moves_a_configuration_on_to_the_new_leaves() {
     );
     let mut machine = Running(vhd(folder).args(["run", "here.vmc"]).stdout(Stdio::null()).spawn().unwrap());
     wait_until("a machine", || said(vhd(folder).args(["vm", "list"])).contains("running"));
-    said(vhd(folder).args(["vm", "snapshot", "here"]));
+    // From another folder.
+    let elsewhere = tempfile::tempdir().unwrap();
+    said(vhd(folder).current_dir(elsewhere.path()).args(["vm", "snapshot", "here"]));
     said(vhd(folder).args(["vm", "off", "here.vmc"]));
     assert!(machine.0.wait().unwrap().success());
     let text = std::fs::read_to_string(folder.join("here.vmc")).unwrap();
     assert!(text.contains(">disk-1.vhd<") && !text.contains(">disk.vhd<"), "{text}");
+    assert_eq!(shown(folder, "here.vmc")["registered"].as_bool(), Some(true));
     said(vhd(folder).args(["vm", "set", "here.vmc", "--append", "do=hello"]));
     assert!(said(vhd(folder).args(["run", "here.vmc"])).ends_with("guest: done\n"));
 }

@@ -13,6 +13,8 @@ mod endings;
 mod machine_limits;
 mod machines;
 mod machines_kernel;
+mod machines_states;
+mod machines_trust;
 mod operations;
 mod records;
 #[path = "../support/mod.rs"]

@@ -1,7 +1,7 @@
 //! What everything else consumes: a disk as a guest sees it, whatever holds it.
 
 use std::fmt;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 pub use crate::image::ZeroMode;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+pub use crate::storage::SharedBytes;
+use crate::storage::{read_by_copy, write_by_copy};
 
 /// What a run of a disk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -88,6 +90,27 @@ pub enum Spliced {
     NotNow,
 }
 
+/// Why a copy failed: on the side of the disk, or of memory.
+enum Copied {
+    Disk(Error),
+    Memory(io::Error),
+}
+
+impl From<io::Error> for Copied {
+    fn from(error: io::Error) -> Self {
+        Self::Memory(error)
+    }
+}
+
+impl Copied {
+    fn into_error(self) -> Error {
+        match self {
+            Self::Disk(error) => error,
+            Self::Memory(error) => Error::io(error, "memory can't be reached"),
+        }
+    }
+}
+
 /// What a disk is and can do; constant while it is open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capabilities {
@@ -144,6 +167,28 @@ pub trait BlockDevice: Send + Sync {
     /// # Errors
     /// `OutOfRange`, `ReadOnly`, `Latched`, `NoSpace`, `Io`.
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()>;
+
+    /// As [`BlockDevice::read_vectored_at`], into memory that others use too.
+    ///
+    /// # Errors
+    /// As there.
+    fn read_shared_at(&self, to: &dyn SharedBytes, offset: u64) -> Result<()> {
+        let read = |bytes: &mut [u8], at: u64| {
+            self.read_vectored_at(&mut [IoSliceMut::new(bytes)], offset.saturating_add(at)).map_err(Copied::Disk)
+        };
+        read_by_copy(to, 0..to.len(), read).map_err(Copied::into_error)
+    }
+
+    /// As [`BlockDevice::write_vectored_at`], of memory that others use too: they may change it meanwhile.
+    ///
+    /// # Errors
+    /// As there.
+    fn write_shared_at(&self, from: &dyn SharedBytes, offset: u64) -> Result<()> {
+        let write = |bytes: &[u8], at: u64| {
+            self.write_vectored_at(&[IoSlice::new(bytes)], offset.saturating_add(at)).map_err(Copied::Disk)
+        };
+        write_by_copy(from, 0..from.len(), write).map_err(Copied::into_error)
+    }
 
     /// Makes everything that was written before durable.
     ///

@@ -20,7 +20,7 @@ use crate::chain::{Chain, ChainOptions, ChildOptions, Layer, UndoSession, create
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Created, Image, OpenOptions};
 use crate::ops::saved_state;
-use crate::storage::{FileStorage, Host, LockMode, folder_of, resolve};
+use crate::storage::{FileStorage, Host, LockMode, SharedBytes, folder_of, resolve};
 
 /// A disk that can get a new leaf, or another size, while others read and write it.
 ///
@@ -334,6 +334,14 @@ impl BlockDevice for Shared {
 
     fn splice_at(&self, pipe: BorrowedFd<'_>, range: Range<u64>, wait: bool) -> Result<Spliced> {
         self.read().open()?.chain.splice_at(pipe, range, wait)
+    }
+
+    fn read_shared_at(&self, to: &dyn SharedBytes, offset: u64) -> Result<()> {
+        self.read().open()?.chain.read_shared_at(to, offset)
+    }
+
+    fn write_shared_at(&self, from: &dyn SharedBytes, offset: u64) -> Result<()> {
+        self.read().open()?.chain.write_shared_at(from, offset)
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {

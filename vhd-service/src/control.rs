@@ -3,9 +3,7 @@
 //! A request is `{"command": "snapshot", "name": "disk", ...}`, an answer `{"ok": ...}` or `{"error": {"kind", "file",
 //! "message"}}`. Only the user who made the socket (and root) may connect.
 
-use std::fs::Permissions;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -16,6 +14,8 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use vhd_core::{Error, ErrorKind, Result};
+
+use crate::socket::PrivateListener;
 
 /// Bytes of a request or an answer at most.
 const MAX_LINE: u64 = 16 << 20;
@@ -115,7 +115,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 /// A socket that is served until this is dropped.
 #[derive(Debug)]
 pub struct Control {
-    path: PathBuf,
+    listener: Arc<PrivateListener>,
     stop: Arc<AtomicBool>,
     /// Ends of connections, so that they can be ended.
     clients: Arc<Mutex<Vec<UnixStream>>>,
@@ -130,33 +130,34 @@ impl Control {
     /// # Errors
     /// `Exists` when someone serves it, or it is no socket; as the host fails.
     pub fn bind(path: &Path, handler: Arc<dyn Handler>) -> Result<Self> {
-        let listener = listen_private(path)?;
+        let listener = Arc::new(PrivateListener::bind(path)?);
         let (stop, clients) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Vec<UnixStream>>>::default());
         let count = Arc::<AtomicUsize>::default();
         let (for_clients, for_count) = (Arc::clone(&clients), Arc::clone(&count));
         let accepting = Accepting { handler, stop: Arc::clone(&stop), clients: for_clients, count: for_count };
-        let thread = thread::Builder::new().name("vhd-control".into()).spawn(move || accepting.run(&listener));
+        let thread = thread::Builder::new().name("vhd-control".into()).spawn({
+            let listener = Arc::clone(&listener);
+            move || accepting.run(&listener)
+        });
         let thread = thread.map_err(|error| Error::io(error, "can't be served").at(path))?;
-        Ok(Self { path: path.to_owned(), stop, clients, count, thread: Some(thread) })
+        Ok(Self { listener, stop, clients, count, thread: Some(thread) })
     }
 
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        self.listener.path()
     }
 }
 
 impl Drop for Control {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
-        // Accepting ends with one more client.
-        let woken = UnixStream::connect(&self.path).is_ok();
-        let _ = std::fs::remove_file(&self.path);
+        self.listener.end();
         for client in self.clients.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             let _ = client.shutdown(std::net::Shutdown::Read);
         }
-        if let Some(thread) = self.thread.take().filter(|_| woken) {
+        if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
         // Whoever asked for the end is told that it came.
@@ -165,33 +166,6 @@ impl Drop for Control {
             thread::sleep(Duration::from_millis(1));
         }
     }
-}
-
-/// A socket that nobody else may connect to, not even for a moment: it gets its name when it is closed to others. One
-/// that a dead process left there is replaced.
-///
-/// # Errors
-/// `Exists` when someone serves it, or it is no socket; as the host fails.
-pub fn listen_private(path: &Path) -> Result<UnixListener> {
-    let failed = |error: io::Error| Error::io(error, "can't be made a socket").at(path);
-    if let Ok(found) = std::fs::symlink_metadata(path) {
-        use std::os::unix::fs::FileTypeExt;
-        if !found.file_type().is_socket() {
-            return Err(Error::new(ErrorKind::Exists, "exists already and is no socket; give another path").at(path));
-        }
-        if UnixStream::connect(path).is_ok() {
-            return Err(Error::new(ErrorKind::Exists, "is served already; give another path").at(path));
-        }
-    }
-    let mut name = std::ffi::OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(format!(".{}", std::process::id()));
-    let passing = path.with_file_name(name);
-    let _ = std::fs::remove_file(&passing);
-    let listener = UnixListener::bind(&passing).map_err(failed)?;
-    let named = std::fs::set_permissions(&passing, Permissions::from_mode(0o600)).and_then(|()| std::fs::rename(&passing, path));
-    named.map_err(failed).inspect_err(|_| drop(std::fs::remove_file(&passing)))?;
-    Ok(listener)
 }
 
 struct Accepting {

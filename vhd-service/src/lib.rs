@@ -1,6 +1,6 @@
 //! What serving, mounting and running disks share.
 //!
-//! [`runtime`] is where sockets go; [`control`] a socket that takes one command a line, and its client; [`events`] what
+//! [`runtime`] is where sockets go; [`socket`] one that only its user can connect to; [`control`] a socket that takes one command a line, and its client; [`events`] what
 //! happened, for whoever wants to know; [`space`] watches the room that is left on the host; [`metrics`] counts what disks
 //! are asked for, and tells Prometheus.
 //!
@@ -10,4 +10,5 @@ pub mod control;
 pub mod events;
 pub mod metrics;
 pub mod runtime;
+pub mod socket;
 pub mod space;

@@ -15,7 +15,7 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
-use vhd_core::block::{BlockDevice, Capabilities, Extent, Found, Spliced, ZeroMode};
+use vhd_core::block::{BlockDevice, Capabilities, Extent, Found, SharedBytes, Spliced, ZeroMode};
 use vhd_core::{Disk, Error, ErrorKind, Result};
 
 use self::counts::{Kind, Requests, Watched};
@@ -200,6 +200,14 @@ impl BlockDevice for Counted {
             self.watched.count(Kind::Read, bytes, began, result.is_ok());
         }
         result
+    }
+
+    fn read_shared_at(&self, to: &dyn SharedBytes, offset: u64) -> Result<()> {
+        self.time(Kind::Read, to.len(), || self.disk.read_shared_at(to, offset))
+    }
+
+    fn write_shared_at(&self, from: &dyn SharedBytes, offset: u64) -> Result<()> {
+        self.time(Kind::Write, from.len(), || self.disk.write_shared_at(from, offset))
     }
 
     fn splice_at(&self, pipe: BorrowedFd<'_>, range: Range<u64>, wait: bool) -> Result<Spliced> {

@@ -1,4 +1,4 @@
-//! The folder for sockets.
+//! The user's folders: for sockets, and for what is to be known in later runs.
 
 use std::fs::{DirBuilder, Permissions};
 use std::io;
@@ -19,19 +19,52 @@ pub fn folder() -> Result<PathBuf> {
         None if geteuid().is_root() => PathBuf::from("/run/vhd"),
         None => std::env::temp_dir().join(format!("vhd-{}", geteuid())),
     };
-    make_private(&folder)?;
+    make_private(&folder, "sockets", "XDG_RUNTIME_DIR")?;
     Ok(folder)
 }
 
-fn make_private(folder: &Path) -> Result<()> {
-    let failed = |error: io::Error| Error::io(error, "can't be made for sockets; set XDG_RUNTIME_DIR").at(folder);
+/// Where this user's state is, which nobody else may write to: `vhd` in `$XDG_STATE_HOME`, else `/var/lib/vhd` for root and
+/// `~/.local/state/vhd` for others. It may not be there yet; `None` without a home.
+#[must_use]
+pub fn state_path() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    match set("XDG_STATE_HOME") {
+        Some(base) => Some(base.join("vhd")),
+        None if geteuid().is_root() => Some("/var/lib/vhd".into()),
+        None => Some(set("HOME")?.join(".local/state/vhd")),
+    }
+}
+
+/// The folder of [`state_path`], made where it is missing and closed to everyone else.
+///
+/// # Errors
+/// `NotFound` without a home; `Refused` when it belongs to someone else; as the host fails.
+pub fn state_folder() -> Result<PathBuf> {
+    let missing = || Error::new(ErrorKind::NotFound, "there is no folder for the user's state: set HOME or XDG_STATE_HOME");
+    let folder = state_path().ok_or_else(missing)?;
+    if let Some(parent) = folder.parent() {
+        std::fs::create_dir_all(parent).map_err(|error| Error::io(error, "can't be made for the user's state").at(parent))?;
+    }
+    make_private(&folder, "the user's state", "XDG_STATE_HOME")?;
+    Ok(folder)
+}
+
+/// Whether a folder is this user's, and nobody else may write to it.
+#[must_use]
+pub fn is_private(folder: &Path) -> bool {
+    let found = std::fs::symlink_metadata(folder);
+    found.is_ok_and(|found| found.is_dir() && found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0)
+}
+
+fn make_private(folder: &Path, purpose: &str, variable: &str) -> Result<()> {
+    let failed = |error: io::Error| Error::io(error, format!("can't be made for {purpose}; set {variable}")).at(folder);
     match DirBuilder::new().mode(0o700).create(folder) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
         _ => {}
     }
     let found = std::fs::symlink_metadata(folder).map_err(failed)?;
     if !found.is_dir() || found.uid() != geteuid().as_raw() {
-        let message = "is no folder of this user's, so sockets in it could be anyone's; set XDG_RUNTIME_DIR";
+        let message = format!("is no folder of this user's, so {purpose} in it could be anyone's; set {variable}");
         return Err(Error::new(ErrorKind::Refused, message).at(folder));
     }
     if found.mode() & 0o077 != 0 {
@@ -50,10 +83,14 @@ mod tests {
         let folder = base.path().join("vhd");
         std::fs::create_dir(&folder).unwrap();
         std::fs::set_permissions(&folder, Permissions::from_mode(0o777)).unwrap();
-        make_private(&folder).unwrap();
+        let private = |folder: &Path| make_private(folder, "sockets", "XDG_RUNTIME_DIR");
+        assert!(!is_private(&folder));
+        private(&folder).unwrap();
+        assert!(is_private(&folder));
         assert_eq!(folder.metadata().unwrap().mode() & 0o777, 0o700);
         let link = base.path().join("link");
         std::os::unix::fs::symlink(&folder, &link).unwrap();
-        assert_eq!(make_private(&link).unwrap_err().kind(), ErrorKind::Refused);
+        assert!(!is_private(&link));
+        assert_eq!(private(&link).unwrap_err().kind(), ErrorKind::Refused);
     }
 }

@@ -158,11 +158,11 @@ impl Life {
         Ok(Self { vcpus, devices, vm, chosen: None })
     }
 
-    /// Writes its state to a file; it stands still.
+    /// Writes its state to a new file; it stands still. Returns which file that is.
     ///
     /// # Errors
-    /// As the host fails.
-    pub fn save(&self, path: &Path, identities: Vec<DiskIdentity>) -> Result<(), vhd_core::Error> {
+    /// As [`saved::write`].
+    pub fn save(&self, path: &Path, identities: Vec<DiskIdentity>) -> Result<saved::Identity, vhd_core::Error> {
         let failed = |error: KvmError| vhd_core::Error::new(vhd_core::ErrorKind::Io, error.to_string());
         let mut disks = Vec::new();
         self.devices.each_disk(|registers| disks.push(registers.save()));

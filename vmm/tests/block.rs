@@ -7,16 +7,21 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test that can't go on fails here")]
 
 use std::cell::Cell;
-use std::path::Path;
+use std::io::{IoSlice, IoSliceMut};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vhd_core::Disk;
+use vhd_core::block::{BlockDevice, Capabilities, Extent, SharedBytes, ZeroMode};
 use vhd_core::chain::{Chain, Layer};
 use vhd_core::image::{Image, OpenOptions};
 use vhd_testkit::fault::{Fault, FaultStorage, Plan};
 use vhd_testkit::fixture::{FixtureSpec, Kind, Layout};
 use vhd_testkit::rings::{Descriptor, INDIRECT, NEXT, Ring, WRITE, kind};
-use vhd_vmm::memory::Memory;
+use vhd_vmm::memory::{Memory, Segment};
 use vhd_vmm::virtio::block::{Block, BlockOptions, Broken, Geometry, Policies, Policy, QueueOwner, Served};
 use virtio_queue::{Queue, QueueT};
 
@@ -476,4 +481,72 @@ fn the_configuration_says_what_the_disk_is() {
     assert_eq!(far, [0; 4]);
     let wanted = [1, 2, 4, 6, 9, 10, 12, 13, 14, 28, 29, 32];
     assert_eq!(bench.block.features(), wanted.iter().map(|bit| 1_u64 << bit).sum::<u64>());
+}
+
+/// A disk that reads and writes the very memory that it is to fill, as other queues' threads may at any time.
+struct Within {
+    memory: Memory,
+    segments: Vec<Segment>,
+}
+
+impl BlockDevice for Within {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { size: SIZE, read_only: false, discard_granularity: 4096, layers: 1 }
+    }
+
+    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], _offset: u64) -> vhd_core::Result<()> {
+        bufs.iter_mut().for_each(|buf| buf.fill(0x11));
+        Ok(())
+    }
+
+    fn read_shared_at(&self, to: &dyn SharedBytes, offset: u64) -> vhd_core::Result<()> {
+        let again = self.memory.run_of(&self.segments).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[0x22; 4096], 0).unwrap();
+        again.read_from(file.as_fd(), 0, 0..again.len()).unwrap();
+        to.put(0, &[0x33; 8]).unwrap();
+        self.memory.write(self.segments[0].address + 8, &[0x44; 8]).unwrap();
+        let mut seen = [0; 24];
+        again.get(0, &mut seen).unwrap();
+        assert!(seen[..8] == [0x33; 8] && seen[8..16] == [0x44; 8] && seen[16..] == [0x22; 8]);
+        let rest = vec![0x11; to.len() as usize - 24];
+        to.put(24, &rest).map_err(|error| vhd_core::Error::io(error, "memory"))?;
+        assert_eq!(offset, 0);
+        Ok(())
+    }
+
+    fn write_vectored_at(&self, _bufs: &[IoSlice<'_>], _offset: u64) -> vhd_core::Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> vhd_core::Result<()> {
+        Ok(())
+    }
+
+    fn zero(&self, _range: Range<u64>, _mode: ZeroMode) -> vhd_core::Result<()> {
+        Ok(())
+    }
+
+    fn extents(&self, _range: Range<u64>, _visit: &mut dyn FnMut(Extent) -> vhd_core::Result<()>) -> vhd_core::Result<()> {
+        Ok(())
+    }
+
+    fn layer_path(&self, _depth: usize) -> Option<PathBuf> {
+        None
+    }
+
+    fn close(&self) -> vhd_core::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_disk_may_use_the_memory_that_it_is_to_fill() {
+    let memory = Memory::new(MEMORY).unwrap();
+    let segments = vec![Segment { address: 0x10_0000, len: 512 }];
+    let disk = Disk::new(Within { memory: memory.clone(), segments: segments.clone() });
+    disk.read_shared_at(&memory.run_of(&segments).unwrap(), 0).unwrap();
+    let mut found = [0; 32];
+    memory.read(0x10_0000, &mut found).unwrap();
+    assert!(found[..8] == [0x33; 8] && found[8..16] == [0x44; 8] && found[16..24] == [0x22; 8] && found[24..] == [0x11; 8]);
 }

@@ -19,6 +19,7 @@ use vhd_core::ops::saved_state;
 use vhd_service::events::Events;
 use vhd_testkit::fixture::Kind;
 use vhd_vmm::machine::{Command, Definition, Machine, State, discard_state};
+use vhd_vmm::saved;
 use vhd_vmm::virtio::block::BlockOptions;
 
 use support::{PATIENCE, Said, attached, definition, kvm, machine, make_disk, open};
@@ -253,7 +254,7 @@ fn a_note_is_taken_off_its_own_disks_alone_and_off_others_by_force() {
     saved_state::set(&other, true, &open).unwrap();
     let (file, missing) = (folder.join("guest.vsv"), folder.join("missing.vhd"));
     let notes = discard_state(&file, &[image.clone(), other.clone(), missing], &open, false).unwrap();
-    let told: Vec<_> = notes.iter().map(ToString::to_string).collect();
+    let told: Vec<_> = notes.notes.iter().map(ToString::to_string).collect();
     assert!(told.len() == 2 && told[0].contains("other.vhd: is another disk") && told[1].contains("missing.vhd"), "{told:?}");
     assert!(!is_noted(&image) && is_noted(&other) && !file.exists());
     discard_state(&file, std::slice::from_ref(&other), &open, true).unwrap();
@@ -296,4 +297,77 @@ fn a_paused_guest_may_be_saved_and_one_without_a_place_may_not() {
     machine.input(b"HAL");
     said.wait_for("IBM", 1);
     machine.command(Command::Off).unwrap();
+}
+
+/// A section: its tag and its content.
+type Section = ([u8; 4], Vec<u8>);
+
+/// The sections of a sound state, of which the first is the machine and the last the end.
+fn sections_of(state: &[u8]) -> Vec<Section> {
+    let (mut sections, mut rest) = (Vec::new(), &state[12..]);
+    while !rest.is_empty() {
+        let len = u64::from_le_bytes(rest[4..12].try_into().unwrap()) as usize;
+        sections.push((rest[..4].try_into().unwrap(), rest[16..16 + len].to_vec()));
+        rest = &rest[16 + len..];
+    }
+    sections
+}
+
+/// A state of these sections, with right checksums and a right count.
+fn forged(sections: &[Section]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    saved::write_start(&mut bytes).unwrap();
+    for (tag, content) in sections {
+        let count = (sections.len() as u64 - 1).to_le_bytes().to_vec();
+        saved::write_section(&mut bytes, *tag, if tag == b"end " { &count } else { content }).unwrap();
+    }
+    bytes
+}
+
+#[test]
+fn memory_that_a_save_does_not_make_is_refused_though_checksums_are_right() {
+    let Some((folder, image)) = place(Kind::Dynamic) else { return };
+    let folder = folder.path();
+    save_in_the_middle(folder, &image, 2);
+    let file = folder.join("guest.vsv");
+    let sound = sections_of(&fs::read(&file).unwrap());
+    let (machine, _, _) = filling(folder, &image);
+    let pieces: Vec<_> = (0..sound.len()).filter(|at| sound[*at].0 == *b"memo").collect();
+    let first = pieces[0];
+    let refuse = |what: &str, change: &dyn Fn(&mut Vec<Section>)| {
+        let mut changed = sound.clone();
+        change(&mut changed);
+        fs::write(&file, forged(&changed)).unwrap();
+        let error = machine.command(Command::Restore).unwrap_err();
+        assert_eq!((error.kind(), machine.state()), (ErrorKind::Corrupt, State::Saved), "{what}: {error}");
+    };
+    let set_start = |sections: &mut Vec<Section>, start: u64| {
+        sections[first].1[..8].copy_from_slice(&start.to_le_bytes());
+    };
+    refuse("a piece twice", &|sections| sections.insert(first, sound[first].clone()));
+    refuse("a piece between others", &|sections| set_start(sections, 4096));
+    refuse("a piece outside", &|sections| set_start(sections, 1 << 40));
+    refuse("a piece at the end of numbers", &|sections| set_start(sections, u64::MAX << 22));
+    refuse("an empty piece", &|sections| sections.insert(first, (*b"memo", vec![0; 8 + 128])));
+    refuse("a piece without a place", &|sections| sections[first].1.truncate(4));
+    refuse("a second machine", &|sections| sections.insert(first, sound[0].clone()));
+    refuse("no end", &|sections| drop(sections.pop()));
+    // As it was it is gone on from.
+    fs::write(&file, forged(&sound)).unwrap();
+    machine.command(Command::Restore).unwrap();
+    assert_ends(&machine);
+}
+
+#[test]
+fn a_state_that_is_exchanged_while_it_is_looked_at_is_left() {
+    let Some((folder, image)) = place(Kind::Dynamic) else { return };
+    let folder = folder.path();
+    save_in_the_middle(folder, &image, 2);
+    let file = folder.join("guest.vsv");
+    let head = saved::look(&file).unwrap().unwrap();
+    assert!(head.is_of(&head.leaves().collect::<Vec<_>>()) && !head.is_of(&[[7; 16]]) && !head.is_of(&[]));
+    fs::write(folder.join("new"), b"precious").unwrap();
+    fs::rename(folder.join("new"), &file).unwrap();
+    assert_eq!(saved::remove(&file, head.file).unwrap_err().kind(), ErrorKind::Refused);
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
 }

@@ -4,13 +4,14 @@ use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use nix::time::{ClockId, clock_gettime};
-use vhd_core::block::{BlockDevice, Capabilities, Extent, ExtentState, ZeroMode};
+use vhd_core::block::{BlockDevice, Capabilities, Extent, ExtentState, SharedBytes, ZeroMode};
 use vhd_core::chain::Chain;
 use vhd_core::{Disk, Error, ErrorKind};
 use vhd_testkit::rings::{Ring, kind};
@@ -116,6 +117,11 @@ impl BlockDevice for Bare {
             at += buf.len() as u64;
         }
         Ok(())
+    }
+
+    fn read_shared_at(&self, to: &dyn SharedBytes, offset: u64) -> vhd_core::Result<()> {
+        let read = to.read_from(self.0.as_fd(), FIRST_DATA + offset, 0..to.len());
+        read.map_err(|error| Error::io(error, "can't be read"))
     }
 
     fn write_vectored_at(&self, _bufs: &[IoSlice<'_>], _offset: u64) -> vhd_core::Result<()> {

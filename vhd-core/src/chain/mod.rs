@@ -33,7 +33,7 @@ use self::holes::DataRanges;
 use crate::block::{BlockDevice, Capabilities, Extent, ExtentState, Found, Spliced, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Below, Image, Run, RunKind};
-use crate::storage::{ReadBuffers, Storage};
+use crate::storage::{ReadBuffers, SharedBytes, Storage};
 
 /// Bytes of a run in which holes are worth looking for.
 const COARSE_GRAIN: u64 = 64 << 10;
@@ -109,6 +109,10 @@ impl Layer {
 
     fn read(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
         self.storage().read_vectored_at(bufs, offset).map_err(|error| self.read_error(error, offset))
+    }
+
+    fn read_shared(&self, to: &dyn SharedBytes, range: Range<u64>, offset: u64) -> Result<()> {
+        self.storage().read_shared_at(to, range, offset).map_err(|error| self.read_error(error, offset))
     }
 
     /// As [`Self::read`], but where `wait` is not set only what the host has at hand.
@@ -447,6 +451,32 @@ impl BlockDevice for Chain {
 
     fn splice_at(&self, pipe: BorrowedFd<'_>, range: Range<u64>, wait: bool) -> Result<Spliced> {
         self.splice_layer(0, pipe, range, wait)
+    }
+
+    fn read_shared_at(&self, to: &dyn SharedBytes, offset: u64) -> Result<()> {
+        let range = self.range(offset, to.len())?;
+        let _held = self.leaf().image().map(|image| image.hold());
+        if let ([base], false) = (&self.layers[..], range.is_empty())
+            && let Some(place) = base.known_place(&range)
+        {
+            return base.read_shared(to, 0..to.len(), place);
+        }
+        let memory = |error| Error::io(error, "memory can't be reached");
+        self.from(0).resolve(range, &mut |run, depth, kind| {
+            let bytes = run.start - offset..run.end - offset;
+            match kind {
+                RunKind::Present(place) => self.layers[depth].read_shared(to, bytes, place),
+                RunKind::Zero | RunKind::Absent => to.put_zeros(bytes).map_err(memory),
+            }
+        })
+    }
+
+    fn write_shared_at(&self, from: &dyn SharedBytes, offset: u64) -> Result<()> {
+        self.range(offset, from.len())?;
+        match self.leaf() {
+            Layer::Image(image) => image.write_shared(from, offset, &self.parents()),
+            Layer::Raw(raw) => raw.write_shared(from, offset),
+        }
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {

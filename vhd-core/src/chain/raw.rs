@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::block::ZeroMode;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::SECTOR;
-use crate::storage::Storage;
+use crate::storage::{SharedBytes, Storage};
 
 /// A raw file or device. A size that is no whole number of sectors is rounded up; what the file lacks reads as zeros.
 #[derive(Debug)]
@@ -68,6 +68,13 @@ impl RawFile {
         self.check_writable()?;
         self.storage
             .write_vectored_at(bufs, offset)
+            .map_err(|error| self.error(error, &format!("can't be written at {offset:#x}")))
+    }
+
+    pub(super) fn write_shared(&self, from: &dyn SharedBytes, offset: u64) -> Result<()> {
+        self.check_writable()?;
+        self.storage
+            .write_shared_at(from, 0..from.len(), offset)
             .map_err(|error| self.error(error, &format!("can't be written at {offset:#x}")))
     }
 

@@ -15,7 +15,7 @@ use super::{Below, Image, Sparse};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::SECTOR;
 use crate::layout::BlockPart;
-use crate::storage::WriteBuffers;
+use crate::storage::{SharedBytes, WriteBuffers};
 
 impl Image {
     /// Writes `bufs` at `offset`. `below` is what the image's parent holds; only writes that do not begin and end on
@@ -25,30 +25,65 @@ impl Image {
     /// `OutOfRange`, `ReadOnly`, `Latched`; `NoSpace`, after which writing may go on; `Io`, which latches the image.
     pub fn write(&self, bufs: &[IoSlice<'_>], offset: u64, below: &dyn Below) -> Result<()> {
         let range = offset..offset.saturating_add(bufs.iter().map(|buf| buf.len() as u64).sum());
+        let mut rest = None;
+        self.write_parts(range, Data::Own(bufs), &mut |sparse, part| {
+            sparse.write_part(self, part, &Data::Own(&rest.get_or_insert_with(|| WriteBuffers::new(bufs)).take(part.len)), below)
+        })
+    }
+
+    /// As [`Self::write`], of memory that others use too.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write_shared(&self, from: &dyn SharedBytes, offset: u64, below: &dyn Below) -> Result<()> {
+        let range = offset..offset.saturating_add(from.len());
+        let mut at = 0;
+        self.write_parts(range, Data::Shared(from, 0..from.len()), &mut |sparse, part| {
+            let piece = Data::Shared(from, at..at + part.len);
+            at += part.len;
+            sparse.write_part(self, part, &piece, below)
+        })
+    }
+
+    /// Writes to one place, where that is known, else calls `write` with each part of the range.
+    fn write_parts(
+        &self,
+        range: Range<u64>,
+        all: Data<'_>,
+        write: &mut dyn FnMut(&Sparse, BlockPart) -> Result<()>,
+    ) -> Result<()> {
         self.check_write(&range)?;
         if range.is_empty() {
             return Ok(());
         }
         let _held = self.hold();
         if let Some(place) = self.known_place(&range) {
-            self.write_file(bufs, place)?;
+            self.write_data(&all, place)?;
         } else if let Some(sparse) = &self.sparse {
-            let mut bufs = WriteBuffers::new(bufs);
-            for part in sparse.layout.parts(range) {
-                let piece = bufs.take(part.len);
-                sparse.write_part(self, part, &piece, below)?;
-            }
+            sparse.layout.parts(range).try_for_each(|part| write(sparse, part))?;
         }
         self.note_completed();
         Ok(())
     }
 
-    fn write_file(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {
-        match self.storage.write_vectored_at(bufs, offset) {
+    fn write_data(&self, data: &Data<'_>, offset: u64) -> Result<()> {
+        let written = match data {
+            Data::Own(bufs) => self.storage.write_vectored_at(bufs, offset),
+            Data::Shared(from, range) => self.storage.write_shared_at(*from, range.clone(), offset),
+        };
+        match written {
             Ok(()) => Ok(()),
             Err(error) => Err(self.write_error(error, || format!("can't be written at {offset:#x}"))),
         }
     }
+}
+
+/// What is written.
+enum Data<'a> {
+    /// Buffers.
+    Own(&'a [IoSlice<'a>]),
+    /// A range of memory that others use too.
+    Shared(&'a dyn SharedBytes, Range<u64>),
 }
 
 impl Sparse {
@@ -76,12 +111,12 @@ impl Sparse {
             .map_err(|error| image.read_error(error, self.layout.slot(sector).start))
     }
 
-    fn write_part(&self, image: &Image, part: BlockPart, piece: &[IoSlice<'_>], below: &dyn Below) -> Result<()> {
+    fn write_part(&self, image: &Image, part: BlockPart, piece: &Data<'_>, below: &dyn Below) -> Result<()> {
         let entry = self.entry(image, part.block)?;
         if let Some(sector) = entry.sector()
             && self.is_present(image, entry, sector, &part)?
         {
-            return image.write_file(piece, self.layout.data_offset(sector) + part.within);
+            return image.write_data(piece, self.layout.data_offset(sector) + part.within);
         }
         let stripe = self.stripe(part.block);
         if part.is_sector_aligned() && entry.sector().is_some() {
@@ -110,15 +145,28 @@ impl Sparse {
         part: &BlockPart,
         entry: Entry,
         sector: u32,
-        piece: &[IoSlice<'_>],
+        piece: &Data<'_>,
         below: &dyn Below,
     ) -> Result<()> {
         let data = self.layout.data_offset(sector);
         if entry.is_full() {
-            return image.write_file(piece, data + part.within);
+            return image.write_data(piece, data + part.within);
         }
         let bitmap = self.bitmap(image, sector)?;
         let sectors = part.sectors();
+        if part.is_sector_aligned() {
+            image.write_data(piece, data + part.within)?;
+            self.make_present(image, part.block, &bitmap, sectors);
+            return Ok(());
+        }
+        let copy;
+        let piece = match piece {
+            Data::Own(bufs) => *bufs,
+            Data::Shared(from, range) => {
+                copy = copy_of(*from, range)?;
+                &[IoSlice::new(&copy)]
+            }
+        };
         let absent = |sector: u64| !bitmap.all_set(sector..sector + 1);
         let (mut head, mut tail) = ([0; SECTOR as usize], [0; SECTOR as usize]);
         let (mut from, mut to) = (part.within, part.within + part.len);
@@ -137,7 +185,7 @@ impl Sparse {
             to = to.next_multiple_of(SECTOR);
         }
         debug_assert_eq!(all.iter().map(|buf| buf.len() as u64).sum::<u64>(), to - from);
-        image.write_file(&all, data + from)?;
+        image.write_data(&Data::Own(&all), data + from)?;
         self.make_present(image, part.block, &bitmap, sectors);
         Ok(())
     }
@@ -207,8 +255,15 @@ impl Sparse {
             }
         }
         // Written even where it is zero already: its space is reserved, so that no later flush lacks it.
-        image.write_file(&[IoSlice::new(&bitmap)], range.start)
+        image.write_data(&Data::Own(&[IoSlice::new(&bitmap)]), range.start)
     }
+}
+
+/// A part of a block.
+fn copy_of(from: &dyn SharedBytes, range: &Range<u64>) -> Result<Vec<u8>> {
+    let mut copy = vec![0; to_index(range.end - range.start)];
+    from.get(range.start, &mut copy).map_err(|error| Error::io(error, "memory can't be reached"))?;
+    Ok(copy)
 }
 
 /// Bytes of one block or less, as an index.

@@ -1,12 +1,14 @@
 //! I/O past the host's page cache, for the requests that allow it.
 
 use std::fs::{File, OpenOptions};
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
 use nix::fcntl::OFlag;
 use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_getfl, statx};
+
+use super::SharedBytes;
 
 /// A second description of a file, opened with `O_DIRECT`, and what the file system wants of its requests.
 ///
@@ -36,6 +38,12 @@ impl Direct {
         let flags = if leaves_times { OFlag::O_DIRECT | OFlag::O_NOATIME } else { OFlag::O_DIRECT };
         let file = OpenOptions::new().read(true).write(writable).custom_flags(flags.bits()).open(path).ok()?;
         Some(Self { file, offset_align, memory_align })
+    }
+
+    /// As [`Self::takes`], of memory that others use too.
+    pub(super) fn takes_shared(&self, bytes: &dyn SharedBytes, range: &Range<u64>, offset: u64) -> bool {
+        let is_aligned = usize::try_from(offset).is_ok_and(|offset| offset % self.offset_align == 0);
+        is_aligned && bytes.is_aligned(range.clone(), self.offset_align, self.memory_align)
     }
 
     /// Whether a request may go this way.

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::num::NonZeroU64;
 use std::ops::{Deref, Range};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +18,7 @@ use rustix::io::{ReadWriteFlags, preadv2};
 
 use super::direct::Direct;
 use super::found::FoundData;
-use super::{LockMode, Storage, lock, write_zeros};
+use super::{LockMode, SharedBytes, Storage, lock, write_zeros};
 use crate::block::Spliced;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -150,6 +150,11 @@ impl FileStorage {
         self.direct.as_ref().filter(|direct| direct.takes(bufs, offset)).map_or(&self.file, |direct| &direct.file)
     }
 
+    fn file_for_shared(&self, bytes: &dyn SharedBytes, range: &Range<u64>, offset: u64) -> BorrowedFd<'_> {
+        let direct = self.direct.as_ref().filter(|direct| direct.takes_shared(bytes, range, offset));
+        direct.map_or(&self.file, |direct| &direct.file).as_fd()
+    }
+
     /// The path it was opened by.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -197,9 +202,9 @@ impl FileStorage {
 
     /// Tells the kernel to begin with the bytes that were just written, where they are to go early. (Its name speaks of dropping
     /// them from the page cache. What is still under way to the medium stays there, and the start is all that is wanted.)
-    fn begin(&self, offset: u64, bufs: &[IoSlice<'_>]) {
+    fn begin(&self, offset: u64, len: u64) {
         if self.early.load(Ordering::Relaxed)
-            && let Some(len) = NonZeroU64::new(bufs.iter().map(|buf| buf.len() as u64).sum()).filter(|len| len.get() >= EARLY_MIN)
+            && let Some(len) = NonZeroU64::new(len).filter(|len| len.get() >= EARLY_MIN)
         {
             // A hint: who does not take it writes later.
             let _ = rustix::fs::fadvise(&self.file, offset, Some(len), Advice::DontNeed);
@@ -382,7 +387,20 @@ impl Storage for FileStorage {
         if !is_done {
             write_fully(bufs, offset, |bufs, offset| pwritev(self.file_for(bufs, offset), bufs, offset))?;
         }
-        self.begin(offset, bufs);
+        if self.early.load(Ordering::Relaxed) {
+            self.begin(offset, bufs.iter().map(|buf| buf.len() as u64).sum());
+        }
+        Ok(())
+    }
+
+    fn read_shared_at(&self, to: &dyn SharedBytes, range: Range<u64>, offset: u64) -> io::Result<()> {
+        to.read_from(self.file_for_shared(to, &range, offset), offset, range)
+    }
+
+    fn write_shared_at(&self, from: &dyn SharedBytes, range: Range<u64>, offset: u64) -> io::Result<()> {
+        let len = range.end - range.start;
+        from.write_to(self.file_for_shared(from, &range, offset), offset, range)?;
+        self.begin(offset, len);
         Ok(())
     }
 

@@ -11,6 +11,7 @@ mod host;
 mod lock;
 mod memory;
 mod replace;
+mod shared;
 mod unnamed;
 
 use std::fmt::Debug;
@@ -30,6 +31,8 @@ pub use lock::LockMode;
 pub use memory::MemoryStorage;
 pub(crate) use replace::may_change_names_beside;
 pub use replace::{rehearse_replace, replace_file};
+pub use shared::SharedBytes;
+pub(crate) use shared::{read_by_copy, write_by_copy};
 
 use crate::block::Spliced;
 
@@ -63,6 +66,22 @@ pub trait Storage: Send + Sync + Debug {
     /// # Errors
     /// Whatever the host says; a part may have been written.
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> io::Result<()>;
+
+    /// Fills a range of memory that others use too, from `offset` on.
+    ///
+    /// # Errors
+    /// As [`Storage::read_vectored_at`].
+    fn read_shared_at(&self, to: &dyn SharedBytes, range: Range<u64>, offset: u64) -> io::Result<()> {
+        shared::read(self, to, range, offset)
+    }
+
+    /// Writes a range of memory that others use too, from `offset` on.
+    ///
+    /// # Errors
+    /// As [`Storage::write_vectored_at`].
+    fn write_shared_at(&self, from: &dyn SharedBytes, range: Range<u64>, offset: u64) -> io::Result<()> {
+        shared::write(self, from, range, offset)
+    }
 
     /// Fills `buf`; see [`Storage::read_vectored_at`].
     ///

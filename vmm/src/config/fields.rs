@@ -64,8 +64,13 @@ fn policy(from: &Element, name: &str) -> Read<Policy> {
     })
 }
 
+/// Without control characters: paths are shown, and may be a stranger's.
 fn path(from: &Element, way: &[&str], folder: &Path) -> Read<PathBuf> {
-    value(from, way, "a path", |text| Some(inside(folder, text)))
+    value(from, way, "a path", |text| is_plain(text).then(|| inside(folder, text)))
+}
+
+fn is_plain(text: &str) -> bool {
+    !text.contains(char::is_control)
 }
 
 /// A path from a folder on, as one would type it.
@@ -87,7 +92,9 @@ pub fn read(root: &Element, folder: &Path) -> Result<Config, Problem> {
         kernel: path(root, &KERNEL, folder)?,
         initrd: path(root, &INITRD, folder)?,
         append: value(root, &APPEND, "text", |text| Some(text.to_owned()))?,
-        serial: value(root, &SERIAL, "stdio, none or unix:PATH", |text| Serial::from_text(text, folder))?,
+        serial: value(root, &SERIAL, "stdio, none or unix:PATH", |text| {
+            is_plain(text).then(|| Serial::from_text(text, folder))?
+        })?,
         undo: truth(root, &UNDO)?,
         at_end,
         low_space: number(root, &LOW_SPACE, 0..=u64::MAX)?,

@@ -1,24 +1,30 @@
 //! Configurations of machines (`.vmc`): XML like Virtual Server's, with what this monitor has.
 //!
-//! What a file says beyond that is kept as it is when the file is changed here: elements, comments and spaces.
+//! What a file says beyond that is kept as it is when the file is changed here: elements, comments and spaces. Whose word
+//! it is, `trust` knows.
 
 mod document;
 mod fields;
 mod place;
+mod trust;
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use vhd_core::storage::folder_of;
+use vhd_core::storage::{Beneath, folder_of, open_beneath};
 use vhd_core::{Error, ErrorKind};
 
 pub use document::{Document, Problem};
 pub use place::{EXTENSION, configured, file_of, name_of};
+pub use trust::{Reach, What, Word};
 
 use self::document::{MAX_BYTES, Step};
 use crate::layout::MAX_DISKS;
 use crate::virtio::block::Policy;
+
+/// Elements that are not known are named until there are so many.
+const MAX_UNKNOWN: usize = 10;
 
 /// What becomes of undo disks when the machine is off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,20 +104,33 @@ pub struct ConfigFile {
 }
 
 impl ConfigFile {
-    /// Reads a file.
+    /// Reads a file: a regular one. A link is followed, and the folder is that of what it leads to.
     ///
     /// # Errors
-    /// `InvalidInput` with line and column; as the host fails.
+    /// `InvalidInput` with line and column; `Refused` for what is no regular file; as the host fails.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let failed = |error: std::io::Error| Error::io(error, "can't be read").at(path);
+        let is_link = path.symlink_metadata().is_ok_and(|found| found.is_symlink());
+        let path = &if is_link { path.canonicalize().map_err(failed)? } else { path.to_owned() };
+        let name = Path::new(path.file_name().unwrap_or_default());
+        let file = open_beneath(folder_of(path), name, Beneath::NoLinks)?;
+        let file = file.ok_or_else(|| Error::new(ErrorKind::NotFound, "does not exist").at(path))?;
         let mut bytes = Vec::new();
-        File::open(path).map_err(failed)?.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
+        file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| Error::io(error, "can't be read").at(path))?;
+        Self::parse(path, &bytes)
+    }
+
+    /// What a file at `path` would be that holds these bytes.
+    ///
+    /// # Errors
+    /// `InvalidInput` with line and column.
+    pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, Error> {
         if bytes.len() as u64 > MAX_BYTES {
             let message = format!("has more than {MAX_BYTES} bytes, so it is no configuration of a machine");
             return Err(Error::new(ErrorKind::InvalidInput, message).at(path));
         }
-        let document = Document::parse(&bytes).map_err(|problem| {
-            let (line, column) = document::place(&String::from_utf8_lossy(&bytes), problem.at);
+        let document = Document::parse(bytes).map_err(|problem| {
+            let (line, column) = document::place(&String::from_utf8_lossy(bytes), problem.at);
             wrong(path, line, column, &problem.what)
         })?;
         let file = Self { path: path.to_owned(), document };
@@ -140,10 +159,15 @@ impl ConfigFile {
         fields::read(self.document.root(), folder_of(&self.path)).map_err(|problem| self.problem(&problem))
     }
 
-    /// Names elements that are not understood where all should be, each with its place.
+    /// Names elements that are not understood where all should be, each with its place: the first of them, and how many more
+    /// there are.
     #[must_use]
     pub fn unknown(&self) -> Vec<String> {
-        fields::unknown(self.document.root()).into_iter().map(|problem| self.problem(&problem).to_string()).collect()
+        let mut unknown = fields::unknown(self.document.root());
+        let more = unknown.split_off(unknown.len().min(MAX_UNKNOWN)).len();
+        let mut told: Vec<_> = unknown.iter().map(|problem| self.problem(problem).to_string()).collect();
+        told.extend((more > 0).then(|| format!("{}: {more} more elements are not known here", self.path.display())));
+        told
     }
 
     /// Changes what differs from what it says now, and nothing else.
@@ -170,6 +194,18 @@ impl ConfigFile {
         self.document.set(way, kind, text).map_err(|problem| self.problem(&problem))
     }
 
+    /// Whether another one says the same, byte for byte.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.document.to_bytes() == other.document.to_bytes()
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Puts it into its file, whole or not at all; `new` refuses one that is there.
     ///
     /// # Errors
@@ -178,9 +214,13 @@ impl ConfigFile {
         let failed = |error: std::io::Error| Error::io(error, "can't be written").at(&self.path);
         let folder = folder_of(&self.path);
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
-        let passing = folder.join(format!(".{name}.{}", std::process::id()));
+        // A name that nobody can have put something under before.
+        let passing = folder.join(format!(".{name}.{}", uuid::Uuid::new_v4().simple()));
         let written = (|| {
-            let mut file = File::create(&passing)?;
+            let mut file = File::create_new(&passing)?;
+            if let Ok(found) = self.path.symlink_metadata().map(|found| found.permissions()) {
+                file.set_permissions(found)?;
+            }
             file.write_all(&self.document.to_bytes())?;
             file.sync_all()?;
             if new {

@@ -97,7 +97,8 @@ impl Vm {
                 flags: 0,
             };
             // SAFETY: `host_range` found that many bytes of a mapping there. `self.memory` keeps it as long as the
-            // machine, which is the last to know the address; slots are numbered, so none is mapped twice.
+            // machine, and so does each vCPU, whose descriptor keeps the kernel's machine; nobody else has a descriptor of
+            // either. Slots are numbered, so none is mapped twice. No reference leads into the memory.
             unsafe { self.fd.set_user_memory_region(region) }.map_err(failed("map memory"))?;
         }
         Ok(())
@@ -109,9 +110,8 @@ impl Vm {
         &self.memory
     }
 
-    /// The calls of the machine itself.
-    #[must_use]
-    pub fn fd(&self) -> &VmFd {
+    /// The calls of the machine itself. They are nobody else's: a vCPU made by them would run on without the memory.
+    fn fd(&self) -> &VmFd {
         &self.fd
     }
 
@@ -142,7 +142,7 @@ impl Vm {
         start::number_cpu(&mut cpuid, number);
         fd.set_cpuid2(&cpuid).map_err(failed("set what a vCPU can do"))?;
         let wide_xsave = self.fd.check_extension_int(Cap::Xsave2) > 4096;
-        let vcpu = Vcpu { fd, number, wide_xsave };
+        let vcpu = Vcpu { fd, number, wide_xsave, _memory: self.memory.clone() };
         start::set_lines(&vcpu.fd)?;
         Ok(vcpu)
     }
@@ -178,6 +178,8 @@ pub struct Vcpu {
     number: u8,
     /// Its registers need more than the 4096 bytes of the older call.
     wide_xsave: bool,
+    /// The kernel keeps the machine as long as a vCPU of it is open, and the guest runs in this memory.
+    _memory: Memory,
 }
 
 impl Vcpu {
@@ -187,9 +189,7 @@ impl Vcpu {
         self.number
     }
 
-    /// The calls of the vCPU itself.
-    #[must_use]
-    pub fn fd(&self) -> &VcpuFd {
+    fn fd(&self) -> &VcpuFd {
         &self.fd
     }
 

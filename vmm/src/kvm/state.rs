@@ -34,6 +34,9 @@ const MSRS: [u32; 22] = [
     0x4B56_4D04,
 ];
 
+/// The interrupt controllers, but for those of the vCPUs.
+const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+
 /// A vCPU.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VcpuState {
@@ -99,7 +102,8 @@ impl Vcpu {
         self.set_xsave(&state.xsave)?;
         fd.set_debug_regs(&state.debug).map_err(restore)?;
         fd.set_lapic(&state.lapic).map_err(restore)?;
-        for &(index, data) in &state.msrs {
+        // The file may be a stranger's: no registers but those that are saved, and no more of them.
+        for &(index, data) in state.msrs.iter().take(MSRS.len()).filter(|(index, _)| MSRS.contains(index)) {
             let one = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }]);
             let set = one.ok().and_then(|one| fd.set_msrs(&one).ok());
             if set != Some(1) {
@@ -117,7 +121,7 @@ impl Vm {
     /// [`KvmError`].
     pub fn save(&self) -> Result<VmState, KvmError> {
         let save = |error| failed("save the interrupt controllers")(error);
-        let chips = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC].map(|chip_id| {
+        let chips = CHIPS.map(|chip_id| {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
             self.fd().get_irqchip(&mut chip).map(|()| chip)
         });
@@ -131,7 +135,7 @@ impl Vm {
     /// [`KvmError`].
     pub fn restore(&self, state: &VmState) -> Result<(), KvmError> {
         let restore = |error| failed("restore the interrupt controllers")(error);
-        for chip in &state.chips {
+        for chip in state.chips.iter().take(CHIPS.len()) {
             self.fd().set_irqchip(chip).map_err(restore)?;
         }
         self.fd().set_pit2(&state.timer).map_err(restore)?;

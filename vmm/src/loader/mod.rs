@@ -10,7 +10,9 @@ mod elf;
 mod info;
 
 use std::fmt;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use vhd_core::Disk;
@@ -154,11 +156,15 @@ fn read(path: &Path, [what, instead]: Wanted) -> Result<Vec<u8>, LoadError> {
         if !found.is_file() {
             return Err(io::Error::other(if found.is_dir() { "is a folder" } else { "is no regular file" }));
         }
-        let len = found.len();
+        // It may have become one meanwhile.
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+        let len = file.metadata()?.len();
         if len > MAX_FILE {
             return Err(io::Error::other(format!("has {len} bytes, more than {MAX_FILE}")));
         }
-        std::fs::read(path)
+        let mut bytes = Vec::with_capacity(len as usize);
+        file.take(MAX_FILE).read_to_end(&mut bytes)?;
+        Ok(bytes)
     };
     whole().map_err(|error| LoadError::new(path, format!("can't be read as the {what}: {error}; {instead}")))
 }

@@ -70,6 +70,8 @@ impl Machine {
             "kernel": definition.boot.kernel.as_ref().map(|kernel| kernel.to_string_lossy()),
             "command_line": definition.boot.command_line,
             "config": definition.config_file.as_ref().map(|file| file.to_string_lossy()),
+            "registered": definition.registered,
+            "on_event": definition.on_event.as_ref().map(|script| script.to_string_lossy()),
             "disks": disks.collect::<Vec<_>>(),
         })
     }
@@ -121,19 +123,27 @@ impl Machine {
 
 /// `disk-1.vhd` for `disk.vhd`: the first number that is free for all.
 fn free_names(leaves: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
-    let name = |leaf: &Path, number: u32| {
-        let stem = leaf.file_stem().unwrap_or_default().to_string_lossy();
-        // A snapshot of a snapshot counts on.
-        let base = stem.rsplit_once('-').filter(|(_, tail)| tail.parse::<u32>().is_ok()).map_or(&*stem, |(base, _)| base);
-        leaf.with_file_name(format!("{base}-{number}.vhd"))
-    };
     for number in 1..=MAX_SNAPSHOTS {
-        let names: Vec<_> = leaves.iter().map(|leaf| name(leaf, number)).collect();
-        if names.iter().all(|name| !name.exists()) {
+        let names: Vec<_> = leaves.iter().map(|leaf| leaf.with_file_name(format!("{}-{number}.vhd", base_of(leaf)))).collect();
+        if names.iter().all(|name| name.symlink_metadata().is_err()) {
             return Ok(names);
         }
     }
     Err(Error::new(ErrorKind::Exists, format!("its disks have {MAX_SNAPSHOTS} snapshots already; merge some")))
+}
+
+/// A snapshot of a snapshot counts on.
+fn base_of(leaf: &Path) -> String {
+    let stem = leaf.file_stem().unwrap_or_default().to_string_lossy();
+    let is_number = |tail: &str| tail.parse::<u32>().is_ok();
+    stem.rsplit_once('-').filter(|(_, tail)| is_number(tail)).map_or(&*stem, |(base, _)| base).to_owned()
+}
+
+/// Whether a file's name is that of a new leaf of an image, in the same folder.
+#[must_use]
+pub fn is_snapshot_of(leaf: &Path, image: &Path) -> bool {
+    let is_named = leaf.extension().is_some_and(|extension| extension == "vhd") && base_of(leaf) == base_of(image);
+    is_named && leaf != image && leaf.parent() == image.parent()
 }
 
 impl Handler for Machine {

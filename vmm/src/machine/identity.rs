@@ -22,6 +22,12 @@ pub fn settle(disks: &[MachineDisk]) -> Result<Vec<DiskIdentity>, Error> {
     disks.iter().map(identity_of).collect()
 }
 
+/// The UUID of each disk's leaf.
+pub fn leaves(disks: &[MachineDisk]) -> Result<Vec<[u8; 16]>, Error> {
+    let uuid = |layer: &Layer| layer.image().map_or([0; 16], |image| image.footer().uuid());
+    disks.iter().map(|disk| disk.live.with_chain(|chain| Ok(chain.layers().first().map_or([0; 16], uuid)))).collect()
+}
+
 fn identity_of(disk: &MachineDisk) -> Result<DiskIdentity, Error> {
     let handle = disk.live.disk();
     handle.close()?;

@@ -20,9 +20,9 @@ use vhd_service::events::Events;
 use vhd_service::space::Watch;
 
 pub use console::SharedConsole;
-pub use control::{running, socket_of};
+pub use control::{is_snapshot_of, running, socket_of};
 pub use hook::run_at_events;
-pub use saving::discard_state;
+pub use saving::{Discarded, discard_state};
 pub use serial::{SerialSocket, SerialWriter};
 pub use state::{Command, Reason, State};
 
@@ -64,6 +64,10 @@ pub struct Definition {
     pub sandbox: bool,
     /// The configuration that it is of: after a snapshot it names the new leaves.
     pub config_file: Option<PathBuf>,
+    /// Whether that is registered; nothing without a configuration.
+    pub registered: Option<bool>,
+    /// The script that is run at events, for whoever asks: see [`run_at_events`].
+    pub on_event: Option<PathBuf>,
 }
 
 /// A machine. A cheap clone; the guest ends when the last one is dropped.
@@ -119,7 +123,8 @@ impl Machine {
         let (cpus, memory, sandbox) = (definition.cpus, definition.memory, definition.sandbox);
         let hardware = Hardware { cpus, memory, disks: blocks.collect(), sandbox };
         let (reports, incidents) = channel();
-        let saved = definition.state_file.as_ref().is_some_and(|file| file.exists());
+        // Whatever is there: a guest that is to be saved needs the place.
+        let saved = definition.state_file.as_ref().is_some_and(|file| file.symlink_metadata().is_ok());
         let state = if saved { State::Saved } else { State::Off };
         let inner = Inner { state, life: None, lives: 0, full: None };
         let (inner, changed) = (Mutex::new(inner), Condvar::new());

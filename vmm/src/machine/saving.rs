@@ -3,20 +3,19 @@
 //! The file and the notes in its disks' footers change in an order of which every cut leaves something that can be gone on
 //! from, or be forgotten: the file is durable before the first note is made, and is gone only after the last one is.
 
-use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vhd_core::chain::ChainOptions;
 use vhd_core::image::{Image, OpenOptions};
 use vhd_core::ops::saved_state;
-use vhd_core::storage::{FileStorage, folder_of};
+use vhd_core::storage::FileStorage;
 use vhd_core::{Error, ErrorKind};
 
 use super::{Inner, MachineDisk, Shared, State, identity, start_error};
 use crate::life::{Life, Reporter};
 use crate::memory::Memory;
-use crate::saved::{self, DiskIdentity};
+use crate::saved;
 
 impl Shared {
     fn state_file(&self) -> Result<&Path, Error> {
@@ -31,8 +30,8 @@ impl Shared {
         let Some(life) = &inner.life else { return Ok(()) };
         life.pause();
         let written = identity::settle(&self.definition.disks).and_then(|identities| life.save(file, identities));
-        if let Err(error) = written.and_then(|()| note(&self.definition.disks, true)) {
-            self.forget(file);
+        let noted = written.and_then(|written| note(&self.definition.disks, true).inspect_err(|_| self.forget(file, written)));
+        if let Err(error) = noted {
             if inner.state == State::Running {
                 life.resume();
             }
@@ -46,15 +45,14 @@ impl Shared {
     }
 
     /// Takes back what a save that failed has done. The disks, which it closed, are opened again.
-    fn forget(&self, file: &Path) {
+    fn forget(&self, file: &Path, written: saved::Identity) {
         for disk in &self.definition.disks {
             if let Err(error) = disk.live.set_saved_state(false) {
                 tracing::warn!("{error}");
             }
         }
-        match remove(file) {
-            Err(error) if error.kind() != ErrorKind::NotFound => tracing::warn!("{error}"),
-            _ => {}
+        if let Err(error) = saved::remove(file, written) {
+            tracing::warn!("{error}");
         }
     }
 
@@ -62,7 +60,7 @@ impl Shared {
     pub(super) fn restore(&self, inner: &mut Inner) -> Result<(), Error> {
         let file = self.state_file()?;
         let here = identity::settle(&self.definition.disks)?;
-        let (state, memory) = saved::read(file, |state| {
+        let (state, memory, identity) = saved::read(file, |state| {
             identity::check(&state.identities, &here, &self.definition.disks)?;
             if state.memory != self.hardware.memory {
                 let (was, is) = (state.memory, self.hardware.memory);
@@ -77,7 +75,7 @@ impl Shared {
         let life = life.map_err(|error| start_error(&error).at(file))?;
         note(&self.definition.disks, false)?;
         // A guest goes on once: with its disks written, the state would be another's.
-        remove(file)?;
+        saved::remove(file, identity)?;
         life.resume();
         inner.life = Some(life);
         self.events.note("restored", &self.definition.name, "the guest goes on from where it was saved");
@@ -86,8 +84,10 @@ impl Shared {
     }
 
     pub(super) fn discard(&self, inner: &mut Inner) -> Result<(), Error> {
+        let file = self.state_file()?;
+        let head = own(file, &identity::leaves(&self.definition.disks)?)?;
         note(&self.definition.disks, false)?;
-        remove(self.state_file()?)?;
+        saved::remove(file, head.file)?;
         self.events.note("discarded", &self.definition.name, "the saved guest is forgotten");
         self.set(inner, State::Off);
         Ok(())
@@ -98,52 +98,77 @@ fn note(disks: &[MachineDisk], saved: bool) -> Result<(), Error> {
     disks.iter().try_for_each(|disk| disk.live.set_saved_state(saved))
 }
 
-fn remove(file: &Path) -> Result<(), Error> {
-    let removed = fs::remove_file(file).and_then(|()| File::open(folder_of(file))?.sync_all());
-    removed.map_err(|error| Error::io(error, "can't be removed").at(file))
+/// What the saved state of a machine says whose disks have these leaves.
+fn own(file: &Path, leaves: &[[u8; 16]]) -> Result<saved::Head, Error> {
+    let missing = "there is no saved state; --force takes the notes of one off the disks all the same";
+    let head = saved::look(file)?.ok_or_else(|| Error::new(ErrorKind::NotFound, missing).at(file))?;
+    if !head.is_of(leaves) {
+        let message = "is the saved state of another machine: none of its disks is this one's, so it is left; move it away";
+        return Err(Error::new(ErrorKind::Refused, message).at(file));
+    }
+    Ok(head)
 }
 
-/// Forgets the saved guest of a machine that has no process, whose disks have these leaves. A disk that is gone, or
-/// is not one that the guest was saved with, is left alone; the answer says which and why.
+/// What became of a saved guest that is forgotten.
+#[derive(Debug, Default)]
+pub struct Discarded {
+    /// The images that have no note any more.
+    pub cleared: Vec<PathBuf>,
+    /// What was left, and why.
+    pub notes: Vec<Error>,
+}
+
+/// Forgets the saved guest of a machine that has no process, whose disks may have these leaves. One that is gone, or is not
+/// one that the guest was saved with, is left alone; the answer says which and why.
 ///
 /// # Errors
-/// `NotFound` when there is no saved guest; with `force` only the notes in the disks' footers are taken away then.
-/// `Locked` when a disk is in use; as the host fails.
-pub fn discard_state(file: &Path, leaves: &[PathBuf], open: &ChainOptions, force: bool) -> Result<Vec<Error>, Error> {
-    let there = file.exists();
-    if !there && !force {
-        let message = "there is no saved state; --force takes the notes of one off the disks all the same";
-        return Err(Error::new(ErrorKind::NotFound, message).at(file));
-    }
-    // Of a file that can't be read nobody knows which disks are its own: then they are those that were named.
-    let identities = saved::disks_of(file).ok();
-    let mut notes = Vec::new();
+/// `NotFound` when there is no saved guest, `Refused` when it is another machine's, `Corrupt` when the file is no sound one: it
+/// is left then. With `force` the notes in the disks' footers are taken away all the same. `Locked` when a disk is in use; as
+/// the host fails.
+pub fn discard_state(file: &Path, leaves: &[PathBuf], open: &ChainOptions, force: bool) -> Result<Discarded, Error> {
+    let (mut done, mut found, mut gone) = (Discarded::default(), Vec::new(), Vec::new());
     for leaf in leaves {
-        let uuid = match noted(leaf) {
-            Ok(None) => continue,
-            Ok(Some(uuid)) => uuid,
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                notes.push(error);
-                continue;
-            }
+        match look_at(leaf) {
+            Ok((uuid, noted)) => found.push((leaf, uuid, noted)),
+            Err(error) if error.kind() == ErrorKind::NotFound => gone.push(error),
             Err(error) => return Err(error),
-        };
-        let is_of = |disk: &DiskIdentity| disk.layers.first().is_some_and(|layer| layer.uuid == uuid);
-        if identities.as_ref().is_none_or(|all| all.iter().any(is_of)) {
-            saved_state::set(leaf, false, open)?;
-        } else {
-            let message = "is another disk than the one that the guest was saved with, and left alone";
-            notes.push(Error::new(ErrorKind::Refused, message).at(leaf));
         }
     }
-    if there {
-        remove(file)?;
+    let head = match own(file, &found.iter().map(|(_, uuid, _)| *uuid).collect::<Vec<_>>()) {
+        Err(error) if force => {
+            // Of a file that is no sound one nobody knows which disks are its own: they are those that were named.
+            done.notes.extend(Some(error).filter(|error| error.kind() != ErrorKind::NotFound));
+            None
+        }
+        head => Some(head?),
+    };
+    for (leaf, uuid, noted) in &found {
+        let is_own = head.as_ref().is_none_or(|head| head.leaves().any(|own| own == *uuid));
+        if *noted && is_own {
+            saved_state::set(leaf, false, open)?;
+            done.cleared.push((*leaf).clone());
+        } else if *noted {
+            let message = "is another disk than the one that the guest was saved with, and left alone";
+            done.notes.push(Error::new(ErrorKind::Refused, message).at(leaf));
+        }
     }
-    Ok(notes)
+    done.notes.extend(gone);
+    if let Some(head) = head {
+        for missing in head.leaves().filter(|own| found.iter().all(|(_, uuid, _)| uuid != own)) {
+            let uuid = uuid::Uuid::from_bytes(missing);
+            let message = format!(
+                "the guest was saved with a disk of UUID {uuid} too, which is not among these; if it has the note, vhd vm \
+                 discard-state --force --disk IMAGE takes it off"
+            );
+            done.notes.push(Error::new(ErrorKind::NotFound, message).at(file));
+        }
+        saved::remove(file, head.file)?;
+    }
+    Ok(done)
 }
 
-/// The identifier of a leaf that has the note.
-fn noted(leaf: &Path) -> Result<Option<[u8; 16]>, Error> {
+/// The identifier of a leaf, and whether it has the note.
+fn look_at(leaf: &Path) -> Result<([u8; 16], bool), Error> {
     let image = Image::open(Arc::new(FileStorage::open(leaf, false)?), leaf, &OpenOptions::default())?;
-    Ok(image.footer().saved_state().then(|| image.footer().uuid()))
+    Ok((image.footer().uuid(), image.footer().saved_state()))
 }

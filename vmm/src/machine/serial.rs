@@ -4,13 +4,13 @@ use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vhd_core::Error;
-use vhd_service::control::listen_private;
+use vhd_service::socket::PrivateListener;
 
 use super::Machine;
 
@@ -99,7 +99,7 @@ impl Write for SerialWriter {
 /// A socket that is served until this is dropped.
 #[derive(Debug)]
 pub struct SerialSocket {
-    path: PathBuf,
+    listener: Arc<PrivateListener>,
     writer: SerialWriter,
     threads: Vec<JoinHandle<()>>,
 }
@@ -112,8 +112,8 @@ impl SerialSocket {
     /// `Exists` when someone serves it, or it is no socket; as the host fails.
     pub fn serve(path: &Path, machine: Machine, writer: SerialWriter) -> Result<Self, Error> {
         let failed = |error: io::Error| Error::io(error, "can't be made a serial port").at(path);
-        let listener = listen_private(path)?;
-        let mut socket = Self { path: path.to_owned(), writer: writer.clone(), threads: Vec::new() };
+        let listener = Arc::new(PrivateListener::bind(path)?);
+        let mut socket = Self { listener: Arc::clone(&listener), writer: writer.clone(), threads: Vec::new() };
         let (passing, accepting) = (writer.clone(), writer);
         let thread = || std::thread::Builder::new().name("serial".into());
         socket.threads.push(thread().spawn(move || passing.pass_on()).map_err(failed)?);
@@ -130,9 +130,8 @@ impl Drop for SerialSocket {
             self.writer.0.1.notify_all();
             wire.client.clone()
         };
-        // Accepting ends with one more client, and the last one hears the end after what was said.
-        let _ = UnixStream::connect(&self.path);
-        let _ = std::fs::remove_file(&self.path);
+        // The last client hears the end after what was said.
+        self.listener.end();
         if let Some(client) = client {
             let _ = client.shutdown(Shutdown::Read);
         }

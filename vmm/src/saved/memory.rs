@@ -44,16 +44,21 @@ fn content_of(memory: &Memory, start: u64, len: u64) -> io::Result<Option<Vec<u8
     Ok((content.len() > 8 + MAP).then_some(content))
 }
 
-/// Puts a piece into memory that is all zeros.
-pub fn restore(memory: &Memory, content: &[u8]) -> io::Result<()> {
+/// Puts a piece into memory that is all zeros. Returns where it begins.
+pub fn restore(memory: &Memory, content: &[u8]) -> io::Result<u64> {
     let wrong = |what| io::Error::new(io::ErrorKind::InvalidData, what);
     let (start, rest) = content.split_first_chunk::<8>().ok_or_else(|| wrong("has a piece of memory without a place"))?;
     let (map, pages) = rest.split_at_checked(MAP).ok_or_else(|| wrong("has a piece of memory that is cut"))?;
+    let start = u64::from_le_bytes(*start);
+    // So there are no more pieces than memory has room for.
+    if !start.is_multiple_of(PIECE) || pages.is_empty() {
+        return Err(wrong("has a piece of memory that no save makes"));
+    }
     let mut pages = pages.chunks(PAGE);
     let set = (0..MAP * 8).filter(|number| map[number / 8] & 1 << (number % 8) != 0);
     for number in set {
         let page = pages.next().ok_or_else(|| wrong("has a piece of memory that is cut"))?;
-        let address = u64::from_le_bytes(*start).checked_add((number * PAGE) as u64);
+        let address = start.checked_add((number * PAGE) as u64);
         let written = address.is_some_and(|address| memory.write(address, page).is_ok());
         if !written {
             return Err(wrong("has memory that the machine has not"));
@@ -62,5 +67,5 @@ pub fn restore(memory: &Memory, content: &[u8]) -> io::Result<()> {
     if pages.next().is_some() {
         return Err(wrong("has a piece of memory that is too long"));
     }
-    Ok(())
+    Ok(start)
 }

@@ -2,16 +2,19 @@
 //!
 //! A file is a magic number, a version and sections. A section has a tag, its length and a CRC over all of that; the
 //! last one says how many there were. Nothing of a file is believed before its section's CRC is right, and no length
-//! makes more memory than `MAX_SECTION` be asked for.
+//! makes more memory than `MAX_SECTION` be asked for. A stranger can make all that right, too: what is read is held
+//! against the machine, and has no more of anything than a machine has.
 
 mod memory;
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 use crc::{CRC_32_ISO_HDLC, Crc};
 use serde::{Deserialize, Serialize};
+use vhd_core::storage::{Beneath, Host, LocalHost, folder_of, open_beneath};
 use vhd_core::{Error, ErrorKind};
 
 use crate::devices::{Clock, SerialSaved};
@@ -77,98 +80,238 @@ fn crc_of(tag: [u8; 4], content: &[u8]) -> u32 {
 /// One section: its tag and its content.
 type Section = ([u8; 4], Vec<u8>);
 
-fn write_section(to: &mut impl Write, tag: [u8; 4], content: &[u8]) -> io::Result<()> {
+/// Writes what a file begins with.
+///
+/// # Errors
+/// As `to` fails.
+pub fn write_start(to: &mut impl Write) -> io::Result<()> {
+    to.write_all(&MAGIC)?;
+    to.write_all(&VERSION.to_le_bytes())
+}
+
+/// Writes a section.
+///
+/// # Errors
+/// As `to` fails.
+pub fn write_section(to: &mut impl Write, tag: [u8; 4], content: &[u8]) -> io::Result<()> {
     to.write_all(&tag)?;
     to.write_all(&(content.len() as u64).to_le_bytes())?;
     to.write_all(&crc_of(tag, content).to_le_bytes())?;
     to.write_all(content)
 }
 
-/// Writes a state to a new file, durable when it returns. A file that is there is replaced only then.
-///
-/// # Errors
-/// As the host fails; no new file is left then.
-pub fn write(path: &Path, state: &SavedState, memory: &Memory) -> Result<(), Error> {
-    let failed = |error: io::Error| Error::io(error, "the state can't be written").at(path);
-    let folder = vhd_core::storage::folder_of(path);
-    // One name, so that what a killed process left is not there for ever.
-    let passing = folder.join(format!(".{}.passing", path.file_name().unwrap_or_default().to_string_lossy()));
-    let written = (|| {
-        let mut file = BufWriter::new(File::create(&passing)?);
-        file.write_all(&MAGIC)?;
-        file.write_all(&VERSION.to_le_bytes())?;
-        let content = postcard::to_stdvec(state).map_err(io::Error::other)?;
-        write_section(&mut file, *b"stat", &content)?;
-        let pieces = memory::save(memory, |content| write_section(&mut file, *b"memo", &content))?;
-        write_section(&mut file, *b"end ", &(pieces + 1).to_le_bytes())?;
-        file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
-        std::fs::rename(&passing, path)?;
-        File::open(folder)?.sync_all()
-    })();
-    written.map_err(failed).inspect_err(|_| drop(std::fs::remove_file(&passing)))
+/// Which file it is, whatever its name: device and inode.
+pub type Identity = (u64, u64);
+
+fn identity_of(file: &File) -> io::Result<Identity> {
+    let found = file.metadata()?;
+    Ok((found.dev(), found.ino()))
 }
 
-/// Reads the machine's part of a state, and leaves the file where memory begins.
-fn read_start(path: &Path) -> Result<(SavedState, BufReader<File>), Error> {
-    let mut file = BufReader::new(File::open(path).map_err(|error| failed(path, error))?);
+/// What a saved state says of the machine that it is of.
+#[derive(Clone, Debug)]
+pub struct Head {
+    /// Which file it is.
+    pub file: Identity,
+    /// The disks' identities, in order.
+    pub identities: Vec<DiskIdentity>,
+}
+
+impl Head {
+    /// Whether it is of a machine whose disks have these leaves: of one of them at least, as others may be gone.
+    #[must_use]
+    pub fn is_of(&self, leaves: &[[u8; 16]]) -> bool {
+        self.leaves().any(|leaf| leaves.contains(&leaf)) || self.identities.is_empty() && leaves.is_empty()
+    }
+
+    /// The UUIDs of the leaves.
+    pub fn leaves(&self) -> impl Iterator<Item = [u8; 16]> {
+        self.identities.iter().filter_map(|disk| Some(disk.layers.first()?.uuid))
+    }
+}
+
+/// Writes a state to a new file that only the user can read, durable when it returns. Returns which file that is.
+///
+/// # Errors
+/// `Exists` when something is there; `Locked` when another process makes the same file; as the host fails. No new file is
+/// left then.
+pub fn write(path: &Path, state: &SavedState, memory: &Memory) -> Result<Identity, Error> {
+    let failed = |error: io::Error| Error::io(error, "the state can't be written").at(path);
+    // One name, so that what a killed process left is not there for ever.
+    let name = format!(".{}.passing", path.file_name().unwrap_or_default().to_string_lossy());
+    let passing = folder_of(path).join(name);
+    let file = create(&passing, path)?;
+    let written = (|| {
+        let identity = identity_of(&file).map_err(failed)?;
+        fill(&file, state, memory).map_err(failed)?;
+        let in_the_way = "exists already, and a saved state replaces nothing; move it away, or give another place with --state";
+        LocalHost.rename_new(&passing, path).map_err(|error| match error.kind() {
+            ErrorKind::Exists => Error::new(ErrorKind::Exists, in_the_way).at(path),
+            _ => error,
+        })?;
+        LocalHost.sync_folder(folder_of(path))?;
+        Ok(identity)
+    })();
+    written.inspect_err(|_| drop(std::fs::remove_file(&passing)))
+}
+
+fn fill(file: &File, state: &SavedState, memory: &Memory) -> io::Result<()> {
+    let mut file = BufWriter::new(file);
+    write_start(&mut file)?;
+    let content = postcard::to_stdvec(state).map_err(io::Error::other)?;
+    write_section(&mut file, *b"stat", &content)?;
+    let pieces = memory::save(memory, |content| write_section(&mut file, *b"memo", &content))?;
+    write_section(&mut file, *b"end ", &(pieces + 1).to_le_bytes())?;
+    file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
+}
+
+/// Makes the file under its passing name, locked as long as it is open: it will hold the guest's memory.
+fn create(passing: &Path, path: &Path) -> Result<File, Error> {
+    let failed = |error: io::Error| Error::io(error, "the state can't be written").at(path);
+    let create = || File::options().write(true).create_new(true).mode(0o600).open(passing);
+    let file = match create() {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            remove_left(passing)?;
+            create()
+        }
+        file => file,
+    };
+    let file = file.map_err(failed)?;
+    // A umask may have taken more away than it should.
+    file.set_permissions(Permissions::from_mode(0o600)).map_err(failed)?;
+    file.try_lock().map_err(|_| Error::new(ErrorKind::Locked, "is being written by another process").at(path))?;
+    Ok(file)
+}
+
+/// Removes what a save left that was killed: a file of this name that begins as one, and that nobody writes to.
+fn remove_left(passing: &Path) -> Result<(), Error> {
+    let failed = |error: io::Error| Error::io(error, "is in the way of a saved state").at(passing);
+    let Some(file) = open(passing)? else { return Ok(()) };
+    file.try_lock().map_err(|_| Error::new(ErrorKind::Locked, "is being written by another process").at(passing))?;
+    let mut start = Vec::new();
+    (&file).take(MAGIC.len() as u64).read_to_end(&mut start).map_err(failed)?;
+    if !MAGIC.starts_with(&start) {
+        let message = "is in the way of a saved state, and is not the beginning of one that was left; move it away";
+        return Err(Error::new(ErrorKind::Exists, message).at(passing));
+    }
+    std::fs::remove_file(passing).map_err(failed)
+}
+
+/// Opens a file that may be a saved state: a regular one, not through a link. `None` where there is none.
+fn open(path: &Path) -> Result<Option<File>, Error> {
+    open_beneath(folder_of(path), Path::new(path.file_name().unwrap_or_default()), Beneath::NoLinks)
+}
+
+/// Removes the file that was read, if it still has its name.
+///
+/// # Errors
+/// `Refused` when another file has that name now; as the host fails.
+pub fn remove(path: &Path, file: Identity) -> Result<(), Error> {
+    let now = open(path)?.map(|now| identity_of(&now)).transpose();
+    if now.map_err(|error| Error::io(error, "can't be examined").at(path))? != Some(file) {
+        return Err(Error::new(ErrorKind::Refused, "is another file than the saved state that was read, and is left").at(path));
+    }
+    LocalHost.remove(path)?;
+    LocalHost.sync_folder(folder_of(path))
+}
+
+/// Where a saved state is that the user names: a link is followed.
+#[must_use]
+pub fn named(path: &Path) -> PathBuf {
+    let is_link = path.symlink_metadata().is_ok_and(|found| found.is_symlink());
+    path.canonicalize().ok().filter(|_| is_link).unwrap_or_else(|| path.to_owned())
+}
+
+/// Reads the machine's part of a state, and leaves the file where memory begins. `None` where there is no file.
+fn read_start(path: &Path) -> Result<Option<(SavedState, Identity, BufReader<File>)>, Error> {
+    let Some(file) = open(path)? else { return Ok(None) };
+    let identity = identity_of(&file).map_err(|error| failed(error).at(path))?;
+    let mut file = BufReader::new(file);
+    let state = read_head(&mut file).map_err(|error| error.at(path))?;
+    Ok(Some((state, identity, file)))
+}
+
+/// Reads the machine's part of a state, and leaves `file` where memory begins.
+///
+/// # Errors
+/// `Corrupt` where it is cut or changed, `Unsupported` for another version; as `file` fails.
+pub fn read_head(file: &mut impl Read) -> Result<SavedState, Error> {
     let mut start = [0; 12];
-    file.read_exact(&mut start).map_err(|error| failed(path, error))?;
+    file.read_exact(&mut start).map_err(failed)?;
     if start[..8] != MAGIC {
-        return Err(corrupt(path, "is no saved state: it does not begin with VHDSAVED"));
+        return Err(corrupt("is no saved state: it does not begin with VHDSAVED"));
     }
     if start[8..] != VERSION.to_le_bytes() {
         let message = format!("is a saved state of another version than {VERSION}, which is the one that is known here");
-        return Err(Error::new(ErrorKind::Unsupported, message).at(path));
+        return Err(Error::new(ErrorKind::Unsupported, message));
     }
-    let (tag, content) = read_section(&mut file).map_err(|error| failed(path, error))?;
+    let (tag, content) = read_section(file).map_err(failed)?;
     if tag != *b"stat" {
-        return Err(corrupt(path, "does not begin with the machine's state"));
+        return Err(corrupt("does not begin with the machine's state"));
     }
-    let state = postcard::from_bytes(&content).map_err(|_| corrupt(path, "its machine's state is not understood"))?;
-    Ok((state, file))
+    postcard::from_bytes(&content).map_err(|_| corrupt("its machine's state is not understood"))
 }
 
-fn corrupt(path: &Path, what: &str) -> Error {
-    Error::new(ErrorKind::Corrupt, format!("{what}; the saved state can't be gone on from")).at(path)
+fn corrupt(what: &str) -> Error {
+    Error::new(ErrorKind::Corrupt, format!("{what}, so it can't be gone on from; move it away, or bring the saved state back"))
 }
 
-fn failed(path: &Path, error: io::Error) -> Error {
+fn failed(error: io::Error) -> Error {
     match error.kind() {
-        io::ErrorKind::UnexpectedEof => corrupt(path, "ends too early"),
-        io::ErrorKind::InvalidData => corrupt(path, &error.to_string()),
-        _ => Error::io(error, "can't be read").at(path),
+        io::ErrorKind::UnexpectedEof => corrupt("ends too early"),
+        io::ErrorKind::InvalidData => corrupt(&error.to_string()),
+        _ => Error::io(error, "can't be read"),
     }
 }
 
-/// Which disks a state is of.
+/// What a saved state says of its machine; `None` where there is no file.
 ///
 /// # Errors
 /// As [`read`].
-pub fn disks_of(path: &Path) -> Result<Vec<DiskIdentity>, Error> {
-    Ok(read_start(path)?.0.identities)
+pub fn look(path: &Path) -> Result<Option<Head>, Error> {
+    Ok(read_start(path)?.map(|(state, file, _)| Head { file, identities: state.identities }))
 }
 
-/// Reads a state; `memory_of` gives the memory to fill, once it is known how much.
+/// Reads a state; `memory_of` gives the memory to fill, once it is known how much. Returns which file it was, too.
 ///
 /// # Errors
-/// `Corrupt` where a section is cut or changed, `Unsupported` for another version; as `memory_of` fails.
-pub fn read(path: &Path, memory_of: impl FnOnce(&SavedState) -> Result<Memory, Error>) -> Result<(SavedState, Memory), Error> {
-    let (state, mut file) = read_start(path)?;
+/// `NotFound`; `Refused` for what is no regular file; `Corrupt` where a section is cut or changed, `Unsupported` for another
+/// version; as `memory_of` fails.
+pub fn read(
+    path: &Path,
+    memory_of: impl FnOnce(&SavedState) -> Result<Memory, Error>,
+) -> Result<(SavedState, Memory, Identity), Error> {
+    let missing = || Error::new(ErrorKind::NotFound, "does not exist").at(path);
+    let (state, identity, mut file) = read_start(path)?.ok_or_else(missing)?;
     let memory = memory_of(&state)?;
-    let mut sections: u64 = 1;
+    read_memory(&mut file, &memory).map_err(|error| error.at(path))?;
+    Ok((state, memory, identity))
+}
+
+/// Reads the rest of a state: each piece of memory at most once, in order.
+///
+/// # Errors
+/// `Corrupt`; as `file` fails.
+pub fn read_memory(file: &mut impl Read, memory: &Memory) -> Result<(), Error> {
+    let (mut sections, mut last): (u64, _) = (1, None);
     loop {
-        let (tag, content) = read_section(&mut file).map_err(|error| failed(path, error))?;
+        let (tag, content) = read_section(file).map_err(failed)?;
         match &tag {
-            b"memo" => memory::restore(&memory, &content).map_err(|error| failed(path, error))?,
+            b"memo" => {
+                let start = memory::restore(memory, &content).map_err(failed)?;
+                if last.replace(start).is_some_and(|last| last >= start) {
+                    return Err(corrupt("has pieces of memory out of order"));
+                }
+            }
             b"end " if content == sections.to_le_bytes() => break,
-            _ => return Err(corrupt(path, "has a section that does not belong there")),
+            _ => return Err(corrupt("has a section that does not belong there")),
         }
         sections += 1;
     }
-    if file.read(&mut [0]).map_err(|error| failed(path, error))? != 0 {
-        return Err(corrupt(path, "goes on behind its end"));
+    if file.read(&mut [0]).map_err(failed)? != 0 {
+        return Err(corrupt("goes on behind its end"));
     }
-    Ok((state, memory))
+    Ok(())
 }
 
 fn read_section(file: &mut impl Read) -> io::Result<Section> {

@@ -96,6 +96,8 @@ pub fn definition(command_line: &str, disks: Vec<MachineDisk>) -> Definition {
         low_space: 0,
         state_file: None,
         config_file: None,
+        registered: None,
+        on_event: None,
         sandbox: true,
     }
 }

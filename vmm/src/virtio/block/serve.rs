@@ -1,9 +1,8 @@
 //! Answers the requests of a queue.
 
-use std::io::IoSliceMut;
 use std::sync::atomic::Ordering;
 
-use vhd_core::block::ZeroMode;
+use vhd_core::block::{SharedBytes, ZeroMode};
 use vhd_core::{Error, ErrorKind};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -117,13 +116,10 @@ impl Block {
     fn perform(&self, memory: &Memory, request: &Request) -> Result<(), Failure> {
         match &request.action {
             Action::Refuse(status) => return Err(Failure::Answer(*status)),
-            Action::Read(offset) => {
-                memory
-                    .fill(&request.data, |buffers, first| self.disk.read_vectored_at(buffers, offset.saturating_add(first)))??;
-            }
+            Action::Read(offset) => self.disk.read_shared_at(&memory.run_of(&request.data)?, *offset)?,
             Action::Write(offset) => {
                 self.refuse_read_only()?;
-                memory.drain(&request.data, |buffers| self.disk.write_vectored_at(buffers, *offset))??;
+                self.disk.write_shared_at(&memory.run_of(&request.data)?, *offset)?;
                 self.write_through()?;
             }
             Action::Flush => self.disk.flush()?,
@@ -138,13 +134,9 @@ impl Block {
                 self.write_through()?;
             }
             Action::GetId => {
-                let mut id = self.serial.iter().copied();
-                memory.fill(&request.data, |buffers: &mut [IoSliceMut<'_>], _| {
-                    for byte in buffers.iter_mut().flat_map(|buffer| buffer.iter_mut()) {
-                        *byte = id.next().unwrap_or(0);
-                    }
-                    Ok::<(), Error>(())
-                })??;
+                let (to, id) = (memory.run_of(&request.data)?, &self.serial);
+                let failed = |_| Failure::Answer(Status::IoError);
+                to.put(0, id).and_then(|()| to.put_zeros(id.len() as u64..to.len())).map_err(failed)?;
             }
         }
         Ok(())
