@@ -12,6 +12,7 @@ use std::time::Duration;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use vhd_core::{Error, ErrorKind, Progress};
+use vhd_service::log;
 
 /// Options of every command.
 #[derive(Debug, Args)]
@@ -71,15 +72,7 @@ impl Context {
             (_, 1) => "info",
             _ => "debug",
         };
-        let filter = tracing_subscriber::EnvFilter::try_from_env("VHD_LOG").unwrap_or_else(|_| level.into());
-        let log = tracing_subscriber::fmt()
-            .with_env_filter(filter)
-            .with_writer(io::stderr)
-            .with_ansi(io::stderr().is_terminal())
-            .without_time()
-            .with_target(false);
-        // A log that can't be written, as on a full volume, is no reason to fail.
-        let _ = log.log_internal_errors(false).try_init();
+        log::start(level);
         let (json, quiet, force_progress) = (global.json, global.quiet, global.progress);
         Self { json, quiet, force_progress, interrupted: Arc::default(), done: OnceCell::new() }
     }
@@ -105,7 +98,7 @@ impl Context {
     /// Tells the user something that is not the answer.
     pub fn note(&self, note: &str) {
         if !self.quiet {
-            eprintln!("vhd: note: {note}");
+            log::say(&format!("vhd: note: {note}"));
         }
     }
 
@@ -262,7 +255,7 @@ pub fn report_failure(context: &Context, failure: Error) -> ExitCode {
             Some(short) => failure.about(Path::new(&short)),
             None => failure,
         };
-        eprintln!("vhd: {failure}");
+        log::say(&format!("vhd: {failure}"));
     }
     ExitCode::from(2)
 }

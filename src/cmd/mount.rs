@@ -16,7 +16,7 @@ use vhd_core::ops::undo;
 use vhd_core::partition::{PartitionTable, PartitionType};
 use vhd_core::{Disk, Error, ErrorKind, LiveDisk};
 use vhd_fuse::{Contents, DISK_FILE, MountOptions, Mounted, StopSignals};
-use vhd_service::runtime;
+use vhd_service::{log, runtime};
 
 use super::{ChainArgs, info, map};
 use crate::output::{Answer, Context, ShownPath};
@@ -88,6 +88,7 @@ impl MountArgs {
         // First of all, so that no thread is left that a signal could end.
         let stop = StopSignals::block()?;
         let wanted = self.wanted()?;
+        log::serve()?;
         let live = self.open_image(&wanted, context)?;
         let (disk, metrics) = control::counted(&live);
         let (mounted, by) = match self.fs {
@@ -297,6 +298,8 @@ fn leave_terminal(document: &Value) -> io::Result<()> {
     nix::unistd::chdir("/")?;
     write!(io::stdout(), "{READY}{document}")?;
     io::stdout().flush()?;
+    // What was said so far is for who started this.
+    log::flush();
     let null = File::options().write(true).open("/dev/null")?;
     nix::unistd::dup2_stderr(&null)?;
     // Last, for this is what the other process waits for.

@@ -11,7 +11,9 @@ use clap::{Args, ValueEnum};
 use vhd_core::{Error, ErrorKind};
 use vhd_nbd::{Admin, Limits, Listen, Server, ServerOptions, Table, Tls};
 use vhd_service::control::{self, Control};
+use vhd_service::descriptors;
 use vhd_service::events::Events;
+use vhd_service::log;
 use vhd_service::metrics::{self, Metrics};
 use vhd_service::runtime;
 
@@ -19,6 +21,9 @@ use super::ChainArgs;
 use super::service::{name_of, watch};
 use crate::output::{Answer, Context, ShownPath};
 use crate::sizes;
+
+/// Open files that are left for what `vhd ctl` asks for: images that are added, their parents, new leaves.
+const FILES: usize = 24;
 
 /// Arguments of `vhd serve`.
 #[derive(Debug, Args)]
@@ -74,9 +79,9 @@ pub struct ServeArgs {
     /// Warn when an image's volume has less room than this
     #[arg(long, value_name = "SIZE", value_parser = sizes::parse, default_value = "256M")]
     low_space: u64,
-    /// Connections at once
-    #[arg(long, value_name = "N", default_value_t = Limits::default().connections)]
-    max_connections: usize,
+    /// Connections at once; 1024 by default, fewer where the limit of open files has no room for them
+    #[arg(long, value_name = "N")]
+    max_connections: Option<usize>,
     /// Requests of a connection at once
     #[arg(long, value_name = "N", default_value_t = Limits::default().requests)]
     max_requests: usize,
@@ -122,6 +127,8 @@ impl ServeArgs {
             Some(listen) => listen.clone(),
         };
         self.check_secure(&listen)?;
+        log::serve()?;
+        descriptors::raise_limit();
         let (events, metrics) = (Events::default(), Metrics::default());
         let server = Server::new(Table::default(), self.options()?);
         // What is tolerated is not written to.
@@ -131,6 +138,7 @@ impl ServeArgs {
         for (name, image) in &exports {
             admin.add_export(name, image, &open)?;
         }
+        self.fit(&server, context)?;
         let control = self.control(&listen, &first, &admin)?;
         let metrics_at = self.metrics.as_deref().map(|at| metrics.serve(metrics::address(at)?)).transpose()?;
         let pid_file = self.pid_file.as_deref().map(PidFile::write).transpose()?;
@@ -176,13 +184,23 @@ impl ServeArgs {
             }
         };
         let limits = Limits {
-            connections: self.max_connections.max(1),
             requests: self.max_requests.max(1),
             idle: Duration::from_secs(self.idle_timeout),
             handshake: Duration::from_secs(self.handshake_timeout),
             ..Limits::default()
         };
         Ok(ServerOptions { limits, tls, once: self.once })
+    }
+
+    /// No more connections than there are descriptors for, beside those that others need.
+    fn fit(&self, server: &Server, context: &Context) -> Result<(), Error> {
+        let scrapers = self.metrics.as_ref().map_or(0, |_| metrics::MAX_CLIENTS + 2);
+        let fitted = server.fit(self.max_connections.map(|most| most.max(1)), scrapers + control::MAX_CLIENTS + 2 + FILES)?;
+        if fitted < self.max_connections.unwrap_or(Limits::default().connections) {
+            let limit = descriptors::limit();
+            context.note(&format!("{fitted} connections at most, as this process may have {limit} open files (ulimit -n)"));
+        }
+        Ok(())
     }
 
     /// Anyone on the way could read and change what plain clients send.

@@ -25,6 +25,7 @@ mod life;
 mod load;
 mod server;
 mod snapshot;
+mod starve;
 mod tls;
 mod uncopied;
 mod wire;

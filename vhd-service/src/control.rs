@@ -5,22 +5,28 @@
 
 use std::fs::Permissions;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, UnixAddr, connect, shutdown, socket};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use vhd_core::{Error, ErrorKind, Result};
 
-/// Bytes of a request or an answer at most.
-const MAX_LINE: u64 = 16 << 20;
-/// Clients at once at most: people and scripts, not load.
-const MAX_CLIENTS: usize = 32;
+use crate::places::{Place, Places};
+
+/// Bytes of a request at most, and of an answer.
+const MAX_REQUEST: u64 = 256 << 10;
+const MAX_ANSWER: u64 = 16 << 20;
+/// Clients at once at most: people and scripts, not load. One that asks nothing makes room for one more.
+pub const MAX_CLIENTS: usize = 32;
 /// How long a client may say nothing.
 const IDLE: Duration = Duration::from_secs(300);
 /// The ending of sockets in the runtime folder.
@@ -116,11 +122,10 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Control {
     path: PathBuf,
+    own: OwnName,
+    listener: Arc<UnixListener>,
     stop: Arc<AtomicBool>,
-    /// Ends of connections, so that they can be ended.
-    clients: Arc<Mutex<Vec<UnixStream>>>,
-    /// How many there are.
-    count: Arc<AtomicUsize>,
+    places: Arc<Places<UnixStream>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -130,14 +135,14 @@ impl Control {
     /// # Errors
     /// `Exists` when someone serves it, or it is no socket; as the host fails.
     pub fn bind(path: &Path, handler: Arc<dyn Handler>) -> Result<Self> {
-        let listener = listen_private(path)?;
-        let (stop, clients) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Vec<UnixStream>>>::default());
-        let count = Arc::<AtomicUsize>::default();
-        let (for_clients, for_count) = (Arc::clone(&clients), Arc::clone(&count));
-        let accepting = Accepting { handler, stop: Arc::clone(&stop), clients: for_clients, count: for_count };
-        let thread = thread::Builder::new().name("vhd-control".into()).spawn(move || accepting.run(&listener));
+        let listener = Arc::new(listen_private(path)?);
+        let own = OwnName::of(path);
+        let (stop, places) = (Arc::<AtomicBool>::default(), Places::new(MAX_CLIENTS));
+        let accepting = Accepting { handler, stop: Arc::clone(&stop), places: Arc::clone(&places) };
+        let listening = Arc::clone(&listener);
+        let thread = thread::Builder::new().name("vhd-control".into()).spawn(move || accepting.run(&listening));
         let thread = thread.map_err(|error| Error::io(error, "can't be served").at(path))?;
-        Ok(Self { path: path.to_owned(), stop, clients, count, thread: Some(thread) })
+        Ok(Self { path: path.to_owned(), own, listener, stop, places, thread: Some(thread) })
     }
 
     /// Where it is.
@@ -150,20 +155,52 @@ impl Control {
 impl Drop for Control {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
-        // Accepting ends with one more client.
-        let woken = UnixStream::connect(&self.path).is_ok();
-        let _ = std::fs::remove_file(&self.path);
-        for client in self.clients.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            let _ = client.shutdown(std::net::Shutdown::Read);
-        }
+        self.own.remove(&self.path);
+        // Who waits for clients is told that none will come.
+        let woken = shutdown(self.listener.as_raw_fd(), Shutdown::Read).is_ok();
         if let Some(thread) = self.thread.take().filter(|_| woken) {
             let _ = thread.join();
         }
+        self.places.end();
         // Whoever asked for the end is told that it came.
-        let begin = Instant::now();
-        while self.count.load(Ordering::SeqCst) > 0 && begin.elapsed() < LAST_ANSWERS {
-            thread::sleep(Duration::from_millis(1));
+        self.places.wait(LAST_ANSWERS);
+    }
+}
+
+/// The name of something that this process made, as long as it is that.
+#[derive(Clone, Copy, Debug)]
+pub struct OwnName(Option<(u64, u64)>);
+
+impl OwnName {
+    /// What is there now.
+    #[must_use]
+    pub fn of(path: &Path) -> Self {
+        Self(identity(path))
+    }
+
+    /// Removes it, unless someone put something else in its place.
+    pub fn remove(self, path: &Path) {
+        if self.0.is_some() && identity(path) == self.0 {
+            let _ = std::fs::remove_file(path);
         }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
+}
+
+/// Whether someone listens on a socket. Does not wait, even where that one takes no clients.
+///
+/// # Errors
+/// As it can't be told: there is no such socket, or no right to it.
+pub fn is_served(path: &Path) -> io::Result<bool> {
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)?;
+    match connect(socket.as_raw_fd(), &UnixAddr::new(path)?) {
+        // More wait already than it has room for.
+        Ok(()) | Err(Errno::EAGAIN) => Ok(true),
+        Err(Errno::ECONNREFUSED) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -179,7 +216,7 @@ pub fn listen_private(path: &Path) -> Result<UnixListener> {
         if !found.file_type().is_socket() {
             return Err(Error::new(ErrorKind::Exists, "exists already and is no socket; give another path").at(path));
         }
-        if UnixStream::connect(path).is_ok() {
+        if is_served(path).unwrap_or(false) {
             return Err(Error::new(ErrorKind::Exists, "is served already; give another path").at(path));
         }
     }
@@ -197,8 +234,7 @@ pub fn listen_private(path: &Path) -> Result<UnixListener> {
 struct Accepting {
     handler: Arc<dyn Handler>,
     stop: Arc<AtomicBool>,
-    clients: Arc<Mutex<Vec<UnixStream>>>,
-    count: Arc<AtomicUsize>,
+    places: Arc<Places<UnixStream>>,
 }
 
 impl Accepting {
@@ -218,44 +254,29 @@ impl Accepting {
         }
     }
 
-    fn start(&self, mut client: UnixStream) {
-        if self.count.load(Ordering::SeqCst) >= MAX_CLIENTS {
-            let error = Error::new(ErrorKind::Refused, format!("{MAX_CLIENTS} clients are connected already; try again later"));
-            let _ = client.write_all(&line_of(&answer(Err(error))));
-            return;
-        }
-        let Ok(end) = client.try_clone() else { return };
-        self.clients.lock().unwrap_or_else(PoisonError::into_inner).push(end);
-        self.count.fetch_add(1, Ordering::SeqCst);
-        let (handler, count, clients) = (Arc::clone(&self.handler), Arc::clone(&self.count), Arc::clone(&self.clients));
-        let served = move || {
-            if let Err(error) = serve(&client, &*handler) {
+    fn start(&self, client: UnixStream) {
+        let handler = Arc::clone(&self.handler);
+        let served = move |place: &Place<UnixStream>| {
+            if let Err(error) = serve(place, &*handler) {
                 tracing::debug!("control client: {error}");
             }
-            forget(&clients, &client);
-            count.fetch_sub(1, Ordering::SeqCst);
         };
-        if let Err(error) = thread::Builder::new().name("vhd-control-client".into()).spawn(served) {
-            tracing::warn!("control socket: {error}");
-            self.count.fetch_sub(1, Ordering::SeqCst);
+        if let Err(mut client) = self.places.serve("vhd-control-client", client, served) {
+            let message = format!("{MAX_CLIENTS} requests are under way already; try again later");
+            let _ = client.set_nonblocking(true);
+            let _ = client.write_all(&line_of(&answer(Err(Error::new(ErrorKind::Refused, message)))));
         }
     }
 }
 
-/// Drops the other handle of a connection that ended; with it, those of all that ended.
-fn forget(clients: &Mutex<Vec<UnixStream>>, client: &UnixStream) {
-    let _ = client.shutdown(std::net::Shutdown::Both);
-    let mut clients = clients.lock().unwrap_or_else(PoisonError::into_inner);
-    clients.retain(|other| other.peer_addr().is_ok());
-}
-
-fn serve(client: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
+fn serve(place: &Place<UnixStream>, handler: &dyn Handler) -> io::Result<()> {
+    let client = place.stream();
     client.set_read_timeout(Some(IDLE))?;
     client.set_write_timeout(Some(IDLE))?;
     let mut reader = BufReader::new(client);
-    while let Some(line) = read_line(&mut reader)? {
+    while let Some(line) = read_line(&mut reader, MAX_REQUEST)? {
         let result = match serde_json::from_slice::<Request>(&line) {
-            Ok(request) => handler.handle(&request),
+            Ok(request) => place.at_work(|| handler.handle(&request)),
             Err(error) => Err(Error::new(ErrorKind::InvalidInput, format!("a request is not understood: {error}"))),
         };
         (&*client).write_all(&line_of(&answer(result)))?;
@@ -264,13 +285,13 @@ fn serve(client: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
 }
 
 /// The next line; `None` at the end.
-fn read_line(reader: &mut impl BufRead) -> io::Result<Option<Vec<u8>>> {
+fn read_line(reader: &mut impl BufRead, most: u64) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
-    reader.take(MAX_LINE).read_until(b'\n', &mut line)?;
+    reader.take(most).read_until(b'\n', &mut line)?;
     match line.pop() {
         None => Ok(None),
         Some(b'\n') => Ok(Some(line)),
-        Some(_) => Err(io::Error::new(io::ErrorKind::InvalidData, format!("a line has no end within {MAX_LINE} bytes"))),
+        Some(_) => Err(io::Error::new(io::ErrorKind::InvalidData, format!("a line has no end within {most} bytes"))),
     }
 }
 
@@ -305,7 +326,7 @@ pub fn call(path: &Path, request: &Request) -> Result<Value> {
     })?;
     let request = serde_json::to_value(request).map_err(|error| failed(error.into()))?;
     (&client).write_all(&line_of(&request)).map_err(failed)?;
-    let line = read_line(&mut BufReader::new(&client)).map_err(failed)?;
+    let line = read_line(&mut BufReader::new(&client), MAX_ANSWER).map_err(failed)?;
     let gone = || Error::new(ErrorKind::Io, "the service ended before it answered").at(path);
     let mut said: Value = serde_json::from_slice(&line.ok_or_else(gone)?).map_err(|error| failed(error.into()))?;
     if let Some(value) = said.get_mut("ok") {
@@ -334,9 +355,9 @@ pub fn sockets() -> Result<Vec<PathBuf>> {
         if path.extension().is_none_or(|extension| extension != EXTENSION) {
             continue;
         }
-        match UnixStream::connect(&path) {
-            Ok(_) => found.push(path),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => drop(std::fs::remove_file(&path)),
+        match is_served(&path) {
+            Ok(true) => found.push(path),
+            Ok(false) => drop(std::fs::remove_file(&path)),
             Err(_) => {}
         }
     }
