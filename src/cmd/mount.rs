@@ -16,7 +16,7 @@ use vhd_core::ops::undo;
 use vhd_core::partition::{PartitionTable, PartitionType};
 use vhd_core::{Disk, Error, ErrorKind, LiveDisk};
 use vhd_fuse::{Contents, DISK_FILE, MountOptions, Mounted, StopSignals};
-use vhd_service::{log, runtime};
+use vhd_service::{descriptors, log, runtime};
 
 use super::{ChainArgs, info, map};
 use crate::output::{Answer, Context, ShownPath};
@@ -89,6 +89,7 @@ impl MountArgs {
         let stop = StopSignals::block()?;
         let wanted = self.wanted()?;
         log::serve()?;
+        descriptors::raise_limit();
         let live = self.open_image(&wanted, context)?;
         let (disk, metrics) = control::counted(&live);
         let (mounted, by) = match self.fs {

@@ -1,9 +1,12 @@
 //! `vhd serve`
 
-use std::fs::{self, OpenOptions};
+mod pid_file;
+
+use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::net::ToSocketAddrs;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +20,7 @@ use vhd_service::log;
 use vhd_service::metrics::{self, Metrics};
 use vhd_service::runtime;
 
+use self::pid_file::PidFile;
 use super::ChainArgs;
 use super::service::{name_of, watch};
 use crate::output::{Answer, Context, ShownPath};
@@ -64,7 +68,7 @@ pub struct ServeArgs {
     /// End when the last client is gone
     #[arg(long)]
     once: bool,
-    /// Write the process's number to this file, and remove it at the end
+    /// Write the process's number to this new file, and remove it at the end; one that a dead server left is taken over
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
     /// Write the URI to this descriptor when clients may come, and close it
@@ -141,7 +145,7 @@ impl ServeArgs {
         self.fit(&server, context)?;
         let control = self.control(&listen, &first, &admin)?;
         let metrics_at = self.metrics.as_deref().map(|at| metrics.serve(metrics::address(at)?)).transpose()?;
-        let pid_file = self.pid_file.as_deref().map(PidFile::write).transpose()?;
+        let pid_file = self.pid_file.as_deref().map(PidFile::make).transpose()?;
         server.run(&listen, |uri| {
             self.tell_ready(uri)?;
             if listen == Listen::Stdio {
@@ -232,8 +236,13 @@ impl ServeArgs {
 
     fn tell_ready(&self, uri: &str) -> Result<(), Error> {
         let Some(fd) = self.ready_fd else { return Ok(()) };
-        let failed = |error: io::Error| Error::io(error, format!("descriptor {fd} of --ready-fd can't be written to"));
-        let mut file = OpenOptions::new().write(true).open(format!("/proc/self/fd/{fd}")).map_err(failed)?;
+        // Not as an error of the host: a closed pipe on stdout would be a reader who had enough.
+        let failed =
+            |error: io::Error| Error::new(ErrorKind::Io, format!("descriptor {fd} of --ready-fd can't be written to: {error}"));
+        // A pipe that nobody reads, or that is full, is an error, not something to wait for.
+        let mut options = OpenOptions::new();
+        options.write(true).custom_flags(nix::libc::O_NONBLOCK);
+        let mut file = options.open(format!("/proc/self/fd/{fd}")).map_err(failed)?;
         file.write_all(format!("{uri}\n").as_bytes()).map_err(failed)?;
         drop(file);
         // Who waits for its end should see it.
@@ -247,22 +256,6 @@ fn in_runtime_folder(name: &str, extension: &str) -> Result<PathBuf, Error> {
     let name: String = name.chars().map(|letter| if letter == '/' || letter == '\0' { '_' } else { letter }).take(40).collect();
     let name = if name.is_empty() || name.starts_with('.') { format!("disk{name}") } else { name };
     let path = folder.join(format!("{name}.{extension}"));
-    let taken = std::os::unix::net::UnixStream::connect(&path).is_ok();
+    let taken = control::is_served(&path).unwrap_or(false);
     Ok(if taken { folder.join(format!("{name}-{}.{extension}", std::process::id())) } else { path })
-}
-
-/// A file that names this process while it exists.
-struct PidFile<'a>(&'a Path);
-
-impl<'a> PidFile<'a> {
-    fn write(path: &'a Path) -> Result<Self, Error> {
-        fs::write(path, format!("{}\n", std::process::id())).map_err(|error| Error::io(error, "can't be written").at(path))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for PidFile<'_> {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(self.0);
-    }
 }

@@ -28,5 +28,6 @@ mod snapshot;
 mod starve;
 mod tls;
 mod uncopied;
+mod waits;
 mod wire;
 mod zeroes;

@@ -39,7 +39,7 @@ fn failed_reads(socket: &Path, count: usize) {
 }
 
 /// A pipe that takes nothing more, and the end that nobody reads.
-fn full_pipe() -> (std::io::PipeReader, OwnedFd) {
+pub fn full_pipe() -> (std::io::PipeReader, OwnedFd) {
     let (reader, writer) = std::io::pipe().unwrap();
     fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
     while (&writer).write(&[b'x'; 4096]).is_ok() {}

@@ -19,6 +19,7 @@ mod gate;
 mod inside;
 mod mounted;
 mod mountinfo;
+mod opens;
 mod options;
 mod server;
 mod signals;

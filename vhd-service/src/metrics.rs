@@ -113,7 +113,7 @@ impl Metrics {
         if let Ok(found) = leaf.metadata() {
             set(&self.0.allocated, found.blocks() * 512);
         }
-        if let Ok(space) = space::of(&leaf) {
+        if let Ok(Some(space)) = space::of(&leaf) {
             set(&self.0.free, space.free);
         }
     }

@@ -158,7 +158,13 @@ impl Server {
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;
-        let listener = Listener::bind(listen).await?;
+        // A name may have to be looked up first.
+        let listener = tokio::select! {
+            bound = Listener::bind(listen) => bound?,
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = hang_up.recv() => return Ok(()),
+        };
         ready(&listener.uri(self.tls_policy() == TlsPolicy::Required))?;
         let sweeping = tokio::spawn(Arc::clone(self).sweep());
         tokio::select! {
