@@ -309,7 +309,7 @@ impl Filesystem for DiskFiles {
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         number: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -318,6 +318,7 @@ impl Filesystem for DiskFiles {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        self.opens.forget(request.pid());
         let len = size.min(MAX_TRANSFER) as usize;
         buffer::with(len, |buf| {
             let done = match handle.0 {
@@ -330,7 +331,7 @@ impl Filesystem for DiskFiles {
 
     fn write(
         &self,
-        _request: &Request,
+        request: &Request,
         number: INodeNo,
         _handle: FileHandle,
         offset: u64,
@@ -340,6 +341,7 @@ impl Filesystem for DiskFiles {
         _owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        self.opens.forget(request.pid());
         let done = self.file(number).and_then(|(_pass, view)| view.write(data, offset));
         // A request has no more than MAX_TRANSFER bytes.
         answer!(reply, done, len => reply.written(u32::try_from(len).unwrap_or(u32::MAX)));

@@ -5,6 +5,7 @@
 //! memory gets SIGBUS meanwhile.)
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,13 +16,17 @@ const MOST: usize = 64;
 /// How long the kernel may take between the two.
 const AT_ONCE: Duration = Duration::from_secs(2);
 
-/// The last open of each thread.
+/// The last open of each thread that has asked nothing since.
 #[derive(Debug, Default)]
-pub(crate) struct Opens(Mutex<VecDeque<(u32, INodeNo, Instant)>>);
+pub(crate) struct Opens {
+    list: Mutex<VecDeque<(u32, INodeNo, Instant)>>,
+    /// There are some: who reads and writes need not look at the list each time.
+    some: AtomicBool,
+}
 
 impl Opens {
     fn lock(&self) -> MutexGuard<'_, VecDeque<(u32, INodeNo, Instant)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A thread opens a file.
@@ -30,6 +35,16 @@ impl Opens {
         opens.retain(|(other, ..)| *other != thread);
         opens.truncate(MOST - 1);
         opens.push_front((thread, number, Instant::now()));
+        self.some.store(true, Ordering::Relaxed);
+    }
+
+    /// A thread asks for something else.
+    pub(crate) fn forget(&self, thread: u32) {
+        if self.some.load(Ordering::Relaxed) {
+            let mut opens = self.lock();
+            opens.retain(|(other, _, when)| *other != thread && when.elapsed() < AT_ONCE);
+            self.some.store(!opens.is_empty(), Ordering::Relaxed);
+        }
     }
 
     /// Whether a thread opened this file just now; that is forgotten.
@@ -51,6 +66,10 @@ mod tests {
         opens.note(2, INodeNo(3));
         assert!(!opens.was_last(1, INodeNo(3)) && !opens.was_last(1, INodeNo(2)), "asked once");
         assert!(opens.was_last(2, INodeNo(3)) && !opens.was_last(2, INodeNo(3)));
+        opens.note(1, INodeNo(2));
+        opens.note(2, INodeNo(2));
+        opens.forget(1);
+        assert!(!opens.was_last(1, INodeNo(2)) && opens.was_last(2, INodeNo(2)), "who goes on has not just opened it");
         (0..1000).for_each(|thread| opens.note(thread, INodeNo(2)));
         assert_eq!(opens.lock().len(), MOST);
         assert!(opens.was_last(999, INodeNo(2)) && !opens.was_last(0, INodeNo(2)));

@@ -192,7 +192,7 @@ os.preadv(d, [page], 69632)
 assert page[70001-69632:70008-69632] == b"written"
 m[4 << 20] = 7
 "#;
-    fs::write(fixture.folder.path().join("disk.raw"), b"").unwrap_err();
+    fs::write(fixture.folder.path().join("disk.raw"), b"").unwrap();
     open(&fixture.file).write_all_at(b"hello", 5000).unwrap();
     let status = Command::new("python3").arg("-c").arg(script).arg(&fixture.file).status().unwrap();
     assert!(status.success());
