@@ -22,6 +22,7 @@ mod mountinfo;
 mod opens;
 mod options;
 mod server;
+mod shared;
 mod signals;
 mod tree;
 mod unmount;
@@ -31,6 +32,7 @@ pub use contents::{Contents, PROBLEMS_FILE};
 pub use mounted::{Mounted, mount};
 pub use options::{MountOptions, users_may_allow_other};
 pub use server::{Server, check_servers_run};
+pub use shared::SharedMount;
 pub use signals::StopSignals;
 pub use unmount::{Told, Unmounted, image_at, unmount};
 
