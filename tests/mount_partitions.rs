@@ -353,10 +353,17 @@ fn partitions_of_one_image_are_mounted_one_by_one() {
     wait_until_free(folder, "a.vhd");
     done(folder, "check a.vhd");
 
-    // Who serves it ends all of them.
-    let first = json(folder, "mount --read-only --fs a.vhd:p1 files", 0);
+    // Those that only read need not share.
+    done(folder, "mount --read-only --fs a.vhd:p1 files");
     let refusal = refused(folder, "mount --fs a.vhd:p2 second");
     assert!(refusal.contains("read-only"), "{refusal}");
+    done(folder, "mount --read-only --fs a.vhd:p2 second");
+    done(folder, "unmount files");
+    assert_eq!(fs::read(folder.join("second/file")).unwrap(), b"two");
+    done(folder, "unmount second");
+
+    // Who serves it ends all of them.
+    let first = json(folder, "mount --fs a.vhd:p1 files", 0);
     done(folder, "mount --read-only --fs a.vhd:p2 second");
     assert_eq!(fs::read(folder.join("second/file")).unwrap(), b"two");
     run("kill", &[&first["pid"].to_string()]);
