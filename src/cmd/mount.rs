@@ -91,6 +91,8 @@ impl MountArgs {
         let wanted = self.wanted()?;
         log::serve()?;
         descriptors::raise_limit();
+        // What is mounted is ended in order; until then a signal ends the process, whatever it waits for.
+        let lethal = stop.lethal()?;
         let live = match self.open_image(&wanted, context) {
             Ok(live) => live,
             Err(locked) => {
@@ -101,6 +103,7 @@ impl MountArgs {
                     .tell_ready(context, &document(&target, &shared.from.disk(), pid, Some(&shared.by), socket.as_deref()));
             }
         };
+        drop(lethal);
         let (disk, metrics) = control::counted(&live);
         let (mounted, by) = match self.fs {
             true => self.mount_inside(&disk, &wanted)?,

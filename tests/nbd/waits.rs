@@ -224,3 +224,25 @@ fn a_progress_that_nobody_reads_holds_up_no_command() {
     assert!(status.success() && folder.path().join("copy.raw").exists());
     drop(reader);
 }
+
+/// A client that takes nothing is waited for, but not by who says it twice.
+#[test]
+fn a_second_signal_ends_the_wait_for_the_last_clients() {
+    use super::wire::*;
+    let folder = folder_with_disk("128M");
+    let mut server = Server::start(folder.path(), "disk.vhd");
+    let mut silent = Wire::open(&server.socket(), "", Style::Structured);
+    assert_eq!(silent.write_error(FUA, 0, &[7; 64 << 10]), 0);
+    silent.request(DF, READ, 1, 0, 64 << 20);
+    silent.take(1 << 10);
+    server.signal(Signal::SIGTERM);
+    thread::sleep(Duration::from_millis(200));
+    // Of the same cause as the first.
+    server.signal(Signal::SIGINT);
+    thread::sleep(Duration::from_secs(2));
+    let began = Instant::now();
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.wait().code(), Some(128 + 15), "{}", server.log());
+    assert!(began.elapsed() < Duration::from_secs(3) && server.log().contains("a second signal"), "{}", server.log());
+    assert_eq!(super::support::json(folder.path(), "check disk.vhd", 0)["ok"], true);
+}

@@ -33,7 +33,7 @@ pub use mounted::{Mounted, mount};
 pub use options::{MountOptions, users_may_allow_other};
 pub use server::{Server, check_servers_run};
 pub use shared::SharedMount;
-pub use signals::StopSignals;
+pub use signals::{Lethal, StopSignals};
 pub use unmount::{Told, Unmounted, image_at, unmount};
 
 /// The file that is the whole disk.

@@ -226,7 +226,10 @@ impl Mounted {
         };
         // From here on nothing is written, whoever still holds a file: what the close makes durable is all there is.
         self.gate.close();
+        // Whoever can't wait for a host that hangs may say so once more.
+        let lethal = signals.and_then(|signals| signals.lethal().ok());
         let closed = self.disk.close();
+        drop(lethal);
         if unmounted {
             match serving.join() {
                 Ok(Ok(())) => {}

@@ -17,7 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, Semaphore};
 use tokio_rustls::TlsAcceptor;
 use vhd_core::{Error, ErrorKind, Result};
-use vhd_service::descriptors;
+use vhd_service::{descriptors, log};
 
 use self::accept::Listener;
 use crate::buffers::Pool;
@@ -36,6 +36,8 @@ const LEAVING: usize = 8;
 const RUNNING: usize = 12;
 /// Threads that wait for disks at most: those of a few that hang, and some more.
 const DISK_THREADS: usize = 512;
+/// Signals that come within this time of the one that ends the server are of the same cause.
+const ONE_CAUSE: Duration = Duration::from_secs(1);
 /// How often clients are looked at.
 const SWEEP: Duration = Duration::from_millis(500);
 /// How long a disk may take to finish what was begun, when the server ends.
@@ -176,6 +178,7 @@ impl Server {
             () = listener.accept(self) => {}
         }
         drop(listener);
+        tokio::spawn(end_at_once());
         self.end_clients().await;
         sweeping.abort();
         Ok(())
@@ -222,6 +225,22 @@ impl Server {
         }
         result
     }
+}
+
+/// Whoever can't wait for clients, or for a host that hangs, says so once more: that ends the process. What was flushed is safe.
+async fn end_at_once() {
+    // Several signals of one cause are one.
+    tokio::time::sleep(ONE_CAUSE).await;
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return;
+    };
+    let status = tokio::select! {
+        _ = terminate.recv() => 128 + SignalKind::terminate().as_raw_value(),
+        _ = interrupt.recv() => 128 + SignalKind::interrupt().as_raw_value(),
+    };
+    log::say("vhd: ended by a second signal, before all was done: what was not flushed may be lost");
+    log::flush();
+    std::process::exit(status);
 }
 
 fn cores() -> usize {
