@@ -35,10 +35,12 @@ fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let context = Context::new(&cli.global);
-    match cli.command.run(&context) {
+    let status = match cli.command.run(&context) {
         Ok(answer) => answer.into(),
         Err(failure) => report_failure(&context, failure),
-    }
+    };
+    vhd_service::log::flush();
+    status
 }
 
 /// The command that the arguments ask for, as far as there is one: `vhd undo start`.

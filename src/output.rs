@@ -4,14 +4,18 @@ use std::cell::OnceCell;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Once};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use vhd_core::{Error, ErrorKind, Progress};
+use vhd_service::log;
+
+/// How long the end of an operation waits until its progress is written.
+const LAST_PROGRESS: Duration = Duration::from_secs(1);
 
 /// Options of every command.
 #[derive(Debug, Args)]
@@ -56,6 +60,7 @@ pub struct Context {
     quiet: bool,
     force_progress: bool,
     interrupted: Arc<AtomicBool>,
+    signals: Once,
     /// What was done before something could not be: it stands in JSON beside the error.
     done: OnceCell<serde_json::Value>,
 }
@@ -71,17 +76,9 @@ impl Context {
             (_, 1) => "info",
             _ => "debug",
         };
-        let filter = tracing_subscriber::EnvFilter::try_from_env("VHD_LOG").unwrap_or_else(|_| level.into());
-        let log = tracing_subscriber::fmt()
-            .with_env_filter(filter)
-            .with_writer(io::stderr)
-            .with_ansi(io::stderr().is_terminal())
-            .without_time()
-            .with_target(false);
-        // A log that can't be written, as on a full volume, is no reason to fail.
-        let _ = log.log_internal_errors(false).try_init();
+        log::start(level);
         let (json, quiet, force_progress) = (global.json, global.quiet, global.progress);
-        Self { json, quiet, force_progress, interrupted: Arc::default(), done: OnceCell::new() }
+        Self { json, quiet, force_progress, interrupted: Arc::default(), signals: Once::new(), done: OnceCell::new() }
     }
 
     /// As [`Context::print`], for a command that fails now, of what it had done until then. The failure counts for more than
@@ -105,22 +102,36 @@ impl Context {
     /// Tells the user something that is not the answer.
     pub fn note(&self, note: &str) {
         if !self.quiet {
-            eprintln!("vhd: note: {note}");
+            log::say(&format!("vhd: note: {note}"));
         }
     }
 
-    /// Runs an operation with a progress bar; SIGINT and SIGTERM ask it to stop where it can.
+    /// Set once SIGINT or SIGTERM came to an operation of [`Context::with_progress`].
+    pub fn stop(&self) -> &Arc<AtomicBool> {
+        &self.interrupted
+    }
+
+    /// Runs an operation with a progress bar; SIGINT and SIGTERM ask it to stop where it can. A second one ends the process there
+    /// and then, as for one that hangs with its file system: what is cut short so goes on by the same command, as after a kill.
     pub fn with_progress<T>(&self, what: &str, operation: impl FnOnce(&Progress) -> Result<T, Error>) -> Result<T, Error> {
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-            let _ = signal_hook::flag::register(signal, Arc::clone(&self.interrupted));
-        }
+        self.signals.call_once(|| {
+            for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+                // In this order, so that the first is no second.
+                let _ = signal_hook::flag::register_conditional_default(signal, Arc::clone(&self.interrupted));
+                let _ = signal_hook::flag::register(signal, Arc::clone(&self.interrupted));
+            }
+        });
         let progress = Arc::new(Progress::stopped_by(Arc::clone(&self.interrupted)));
         let ended = Arc::new(AtomicBool::new(false));
         let watcher = self.watch(what, &progress, &ended);
         let result = operation(&progress);
         ended.store(true, Ordering::SeqCst);
         watcher.thread().unpark();
-        let _ = watcher.join();
+        // It takes a moment, but where nobody takes what it writes.
+        let began = Instant::now();
+        while !watcher.is_finished() && began.elapsed() < LAST_PROGRESS {
+            thread::sleep(Duration::from_millis(1));
+        }
         result
     }
 
@@ -262,7 +273,7 @@ pub fn report_failure(context: &Context, failure: Error) -> ExitCode {
             Some(short) => failure.about(Path::new(&short)),
             None => failure,
         };
-        eprintln!("vhd: {failure}");
+        log::say(&format!("vhd: {failure}"));
     }
     ExitCode::from(2)
 }

@@ -330,3 +330,31 @@ fn a_file_system_lives_on_it_and_gives_space_back() {
     run("e2fsck", &["-fn", file]);
     success(vhd(&["unmount", place.target()]));
 }
+
+/// Each read that fails is worth a line, which nobody takes.
+#[test]
+fn a_log_that_nobody_reads_stops_no_mount() {
+    let Some(place) = Place::new() else { return };
+    let image = place.path("fixed.vhd");
+    success(vhd(&["create", image.to_str().unwrap(), "--size", "8M", "--type", "fixed"]));
+    let (reader, writer) = std::io::pipe().unwrap();
+    nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
+    while std::io::Write::write(&mut &writer, &[b'x'; 4096]).is_ok() {}
+    nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhd"));
+    let mut server =
+        command.args(["mount", image.to_str().unwrap(), place.target(), "--foreground"]).stderr(writer).spawn().unwrap();
+    wait_until("the mount is there", || place.file().exists());
+    File::options().write(true).open(&image).unwrap().set_len(4 << 20).unwrap();
+    let file = File::open(place.file()).unwrap();
+    let began = std::time::Instant::now();
+    for at in 0..500 {
+        assert!(file.read_at(&mut [0; 512], (5 << 20) + at * 4096).is_err());
+    }
+    assert_eq!(file.read_at(&mut [0; 512], 0).unwrap(), 512);
+    drop(file);
+    kill(Pid::from_raw(server.id() as i32), Signal::SIGTERM).unwrap();
+    wait_until("the server has ended", || server.try_wait().unwrap().is_some());
+    assert!(began.elapsed() < std::time::Duration::from_secs(60), "{:?}", began.elapsed());
+    drop(reader);
+}

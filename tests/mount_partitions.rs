@@ -296,3 +296,97 @@ fn lies_in_a_gpt_are_told_in_a_file_and_what_is_good_of_it_is_shown() {
         done(folder, "unmount disk");
     }
 }
+
+/// Two lines of fstab name two partitions of one image, and mount(8) runs the helper for both, one after the other or at once.
+#[test]
+fn partitions_of_one_image_are_mounted_one_by_one() {
+    let Some(place) = Place::with_image(TOOLS, "200M") else { return };
+    let folder = place.path();
+    for name in ["files", "second", "third"] {
+        fs::create_dir(folder.join(name)).unwrap();
+    }
+    let _cleanup = support::mounts::Cleanup(["second", "third"].map(|name| folder.join(name)).into());
+    done(folder, "mount a.vhd disk");
+    let disk = folder.join("disk/disk.raw").display().to_string();
+    run(
+        "parted",
+        &[
+            "-s", &disk, "mklabel", "gpt", "mkpart", "a", "1MiB", "50MiB", "mkpart", "b", "50MiB", "100MiB", "mkpart", "c",
+            "100MiB", "150MiB",
+        ],
+    );
+    done(folder, "unmount disk");
+    done(folder, "mount a.vhd disk");
+    (1..=3).for_each(|n| drop(run("mkfs.ext4", &["-q", &folder.join(format!("disk/p{n}")).display().to_string()])));
+    done(folder, "unmount disk");
+
+    let helper = folder.join("mount.vhd");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_vhd"), &helper).unwrap();
+    let line = |part: &str, at: &str, access: &str| {
+        let mut command = Command::new(&helper);
+        command.arg(folder.join("a.vhd")).arg(folder.join(at)).args(["-o", &format!("{access},fs={part}")]).stdin(Stdio::null());
+        command.stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let at_once = [line("p1", "files", "rw"), line("p2", "second", "rw")];
+    for process in at_once {
+        let output = process.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", support::text(&output.stderr));
+    }
+    let refusal = refused(folder, "mount --fs a.vhd:p2 third");
+    assert!(refusal.contains("p2 of its image is mounted on ") && refusal.contains("mount --bind"), "{refusal}");
+    assert!(refused(folder, "mount --fs a.vhd:p4 third").contains("p4"));
+    let document = json(folder, "mount --fs a.vhd:p3 third", 0);
+    assert_eq!(json(folder, &format!("ctl {} list", document["control"].as_str().unwrap()), 0)["exports"][0]["name"], "a");
+    for (name, text) in [("files", "one"), ("second", "two"), ("third", "three")] {
+        fs::write(folder.join(name).join("file"), text).unwrap();
+    }
+
+    // Each ends by itself, in any order and by any command; the image is closed with the last.
+    let note = support::vhd(folder, "unmount files");
+    assert!(note.status.success() && support::text(&note.stderr).contains("stays open"), "{}", support::text(&note.stderr));
+    assert_eq!(fs::read(folder.join("third/file")).unwrap(), b"three");
+    done(folder, "mount --fs a.vhd:p1 files");
+    assert_eq!(fs::read(folder.join("files/file")).unwrap(), b"one");
+    run("umount", &[&folder.join("files")]);
+    done(folder, "unmount third");
+    done(folder, "unmount second");
+    wait_until_free(folder, "a.vhd");
+    done(folder, "check a.vhd");
+
+    // Those that only read need not share.
+    done(folder, "mount --read-only --fs a.vhd:p1 files");
+    let refusal = refused(folder, "mount --fs a.vhd:p2 second");
+    assert!(refusal.contains("read-only"), "{refusal}");
+    done(folder, "mount --read-only --fs a.vhd:p2 second");
+    done(folder, "unmount files");
+    assert_eq!(fs::read(folder.join("second/file")).unwrap(), b"two");
+    done(folder, "unmount second");
+
+    // Who serves it ends all of them.
+    let first = json(folder, "mount --fs a.vhd:p1 files", 0);
+    done(folder, "mount --read-only --fs a.vhd:p2 second");
+    assert_eq!(fs::read(folder.join("second/file")).unwrap(), b"two");
+    run("kill", &[&first["pid"].to_string()]);
+    wait_until_free(folder, "a.vhd");
+    assert!(fs::read_dir(folder.join("second")).unwrap().next().is_none(), "its file system is still there");
+    assert!(fs::read_dir(folder.join("files")).unwrap().next().is_none());
+}
+
+#[test]
+fn a_volume_that_is_only_read_is_not_told_to_be_full() {
+    let Some(place) = Place::with_image(TOOLS, "8M") else { return };
+    let folder = place.path();
+    let squashed = folder.join("squashed").display().to_string();
+    run("mksquashfs", &[&folder.join("a.vhd").display().to_string(), &squashed, "-quiet", "-no-progress"]);
+    fs::create_dir(folder.join("files")).unwrap();
+    run("mount", &["-o", "loop,ro", &squashed, &folder.join("files").display().to_string()]);
+    let mut command = support::vhd_in(folder);
+    command.args(["serve", "files/a.vhd", "--read-only", "--listen", "unix:s", "--control", "c", "--low-space", "1T"]);
+    let server = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_until("it serves", || folder.join("s").exists());
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    assert!(!done(folder, "ctl ./c metrics").contains("vhd_volume_free_bytes{"));
+    run("kill", &[&server.id().to_string()]);
+    let said = support::text(&server.wait_with_output().unwrap().stderr);
+    assert!(said.is_empty(), "{said}");
+}

@@ -38,9 +38,9 @@ pub enum SourceFormat {
 
 /// Opens a disk to read it. A file counts as a VHD by its name or because the user says so: a footer at the end of a raw
 /// file proves nothing, a guest can write one. What an NBD server has is raw: its URI is taken, too.
-pub fn open_source(path: &Path, format: Option<SourceFormat>, open: &ChainArgs) -> Result<Disk, Error> {
+pub fn open_source(path: &Path, format: Option<SourceFormat>, open: &ChainArgs, context: &Context) -> Result<Disk, Error> {
     if let Some(uri) = path.to_str().filter(|text| source::is_uri(text)) {
-        return source::open(uri);
+        return source::open(uri, context.stop());
     }
     let by_name = if is_vhd_name(path) { SourceFormat::Vhd } else { SourceFormat::Raw };
     match format.unwrap_or(by_name) {
@@ -59,7 +59,8 @@ struct Document {
 
 impl CompareArgs {
     pub fn run(&self, context: &Context) -> Result<Answer, Error> {
-        let (a, b) = (open_source(&self.a, self.from_a, &self.open)?, open_source(&self.b, self.from_b, &self.open)?);
+        let a = open_source(&self.a, self.from_a, &self.open, context)?;
+        let b = open_source(&self.b, self.from_b, &self.open, context)?;
         let found = context.with_progress("compare", |progress| compare(&a, &b, progress))?;
         // Where one ends and the other goes on, they differ too.
         let first_difference = found.or((a.size() != b.size()).then_some(a.size().min(b.size())));

@@ -1,6 +1,5 @@
 //! `vhd convert`
 
-use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,7 +19,7 @@ use vhd_core::{Disk, Error, ErrorKind, Progress};
 use super::compare::{SourceFormat, open_source};
 use super::create::{is_lost, parse_block_size, refuse_block_size};
 use super::{ChainArgs, named_otherwise};
-use crate::input::Input;
+use crate::input::{Input, Output};
 use crate::output::{Answer, Context, ShownPath};
 use crate::sizes;
 
@@ -110,7 +109,8 @@ impl ConvertArgs {
             return Err(Error::new(ErrorKind::InvalidInput, "only raw bytes can be written to stdout: leave --to out"));
         }
         self.refuse_block_size(format)?;
-        let source = if is_stream(&self.source) { None } else { Some(open_source(&self.source, self.from, &self.open)?) };
+        let source =
+            if is_stream(&self.source) { None } else { Some(open_source(&self.source, self.from, &self.open, context)?) };
         if self.dry_run {
             return self.plan(context, format, source.as_ref());
         }
@@ -183,7 +183,8 @@ impl ConvertArgs {
 
     /// Writes over the content of an image that is there. A larger one reads as zeros behind it.
     fn over_image(&self, context: &Context) -> Result<Answer, Error> {
-        let source = if is_stream(&self.source) { None } else { Some(open_source(&self.source, self.from, &self.open)?) };
+        let source =
+            if is_stream(&self.source) { None } else { Some(open_source(&self.source, self.from, &self.open, context)?) };
         let target = Disk::open(self.target(), &self.open.options(true, false))?;
         if let Some(source) = source.as_ref().filter(|source| source.size() > target.size()) {
             let message = format!("has {} bytes, the source {}: vhd resize makes it larger", target.size(), source.size());
@@ -304,7 +305,7 @@ impl ConvertArgs {
         let size = self.size(source)?;
         if is_stream(self.target()) {
             return match source {
-                Some(source) => write_to(source, 0..source.size(), &mut io::stdout().lock(), progress),
+                Some(source) => write_to(source, 0..source.size(), &mut Output::new(progress)?, progress),
                 None => Err(Error::new(ErrorKind::InvalidInput, "stdin to stdout: nothing to convert")),
             };
         }

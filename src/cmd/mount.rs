@@ -2,6 +2,7 @@
 
 mod control;
 pub mod helper;
+mod share;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -16,7 +17,7 @@ use vhd_core::ops::undo;
 use vhd_core::partition::{PartitionTable, PartitionType};
 use vhd_core::{Disk, Error, ErrorKind, LiveDisk};
 use vhd_fuse::{Contents, DISK_FILE, MountOptions, Mounted, StopSignals};
-use vhd_service::runtime;
+use vhd_service::{descriptors, log, runtime};
 
 use super::{ChainArgs, info, map};
 use crate::output::{Answer, Context, ShownPath};
@@ -88,7 +89,21 @@ impl MountArgs {
         // First of all, so that no thread is left that a signal could end.
         let stop = StopSignals::block()?;
         let wanted = self.wanted()?;
-        let live = self.open_image(&wanted, context)?;
+        log::serve()?;
+        descriptors::raise_limit();
+        // What is mounted is ended in order; until then a signal ends the process, whatever it waits for.
+        let lethal = stop.lethal()?;
+        let live = match self.open_image(&wanted, context) {
+            Ok(live) => live,
+            Err(locked) => {
+                let shared = self.share(&wanted, locked)?;
+                let target = self.target.canonicalize().unwrap_or_else(|_| self.target.clone());
+                let (pid, socket) = (shared.from.server(), shared.control());
+                return self
+                    .tell_ready(context, &document(&target, &shared.from.disk(), pid, Some(&shared.by), socket.as_deref()));
+            }
+        };
+        drop(lethal);
         let (disk, metrics) = control::counted(&live);
         let (mounted, by) = match self.fs {
             true => self.mount_inside(&disk, &wanted)?,
@@ -98,23 +113,22 @@ impl MountArgs {
         let served_at = mounted.target().to_owned();
         let service = control::start(&live, metrics, &target, wanted.options.read_only, self.low_space)?;
         let file = if served_at.is_dir() { served_at.join(DISK_FILE) } else { served_at.clone() };
-        let document = json!({
-            "target": ShownPath(&target),
-            "file": ShownPath(&file),
-            "pid": std::process::id(),
-            "filesystem": by,
-            "control": service.socket.as_deref().map(ShownPath),
-        });
-        if self.daemon {
-            leave_terminal(&document).map_err(|error| Error::io(error, "can't go to the background").at(&self.target))?;
-        } else {
-            report(context, &document)?;
-        }
+        self.tell_ready(context, &document(&target, &file, std::process::id(), by.as_deref(), service.socket.as_deref()))?;
         let ended = mounted.wait(Some(&stop));
         if self.fs {
             let _ = std::fs::remove_dir(&served_at);
         }
         ended?;
+        Ok(Answer::Yes)
+    }
+
+    /// Says that the files are there; from then on this is a process of the background, if it is to be one.
+    fn tell_ready(&self, context: &Context, document: &Value) -> Result<Answer, Error> {
+        if self.daemon {
+            leave_terminal(document).map_err(|error| Error::io(error, "can't go to the background").at(&self.target))?;
+        } else {
+            report(context, document)?;
+        }
         Ok(Answer::Yes)
     }
 
@@ -224,6 +238,17 @@ pub fn same_command(flag: &str) -> io::Result<Command> {
     Ok(command)
 }
 
+/// What is said of a mount with `--json`.
+fn document(target: &Path, file: &Path, pid: u32, by: Option<&str>, control: Option<&Path>) -> Value {
+    json!({
+        "target": ShownPath(target),
+        "file": ShownPath(file),
+        "pid": pid,
+        "filesystem": by,
+        "control": control.map(ShownPath),
+    })
+}
+
 /// For people only what mounted the file system: otherwise success is silent.
 fn report(context: &Context, document: &Value) -> Result<(), Error> {
     if let Some(by) = document["filesystem"].as_str() {
@@ -297,6 +322,8 @@ fn leave_terminal(document: &Value) -> io::Result<()> {
     nix::unistd::chdir("/")?;
     write!(io::stdout(), "{READY}{document}")?;
     io::stdout().flush()?;
+    // What was said so far is for who started this.
+    log::flush();
     let null = File::options().write(true).open("/dev/null")?;
     nix::unistd::dup2_stderr(&null)?;
     // Last, for this is what the other process waits for.

@@ -19,6 +19,7 @@ use vhd_core::storage::{FileStorage, folder_of};
 use vhd_core::{Error, ErrorKind, LiveDisk, Progress};
 use vhd_service::control::Control;
 use vhd_service::events::Events;
+use vhd_service::log;
 use vhd_vmm::config::{AtEnd, Config, DiskConfig, Serial, Word};
 use vhd_vmm::loader::Boot;
 use vhd_vmm::machine::{
@@ -156,6 +157,8 @@ impl Run<'_> {
         {
             context.note(note);
         }
+        // Its thread is fenced in, too.
+        log::serve()?;
         let serial = SerialWriter::default();
         let console = match &config.serial {
             None | Some(Serial::Stdio) => SharedConsole::new(unbuffered_stdout()?),

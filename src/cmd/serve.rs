@@ -1,9 +1,12 @@
 //! `vhd serve`
 
-use std::fs::{self, OpenOptions};
+mod pid_file;
+
+use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::net::ToSocketAddrs;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,14 +14,21 @@ use clap::{Args, ValueEnum};
 use vhd_core::{Error, ErrorKind};
 use vhd_nbd::{Admin, Limits, Listen, Server, ServerOptions, Table, Tls};
 use vhd_service::control::{self, Control};
+use vhd_service::descriptors;
 use vhd_service::events::Events;
+use vhd_service::log;
 use vhd_service::metrics::{self, Metrics};
 use vhd_service::runtime;
+use vhd_service::socket::is_served;
 
+use self::pid_file::PidFile;
 use super::ChainArgs;
 use super::service::{name_of, watch};
 use crate::output::{Answer, Context, ShownPath};
 use crate::sizes;
+
+/// Open files that are left for what `vhd ctl` asks for: images that are added, their parents, new leaves.
+const FILES: usize = 24;
 
 /// Arguments of `vhd serve`.
 #[derive(Debug, Args)]
@@ -59,7 +69,7 @@ pub struct ServeArgs {
     /// End when the last client is gone
     #[arg(long)]
     once: bool,
-    /// Write the process's number to this file, and remove it at the end
+    /// Write the process's number to this new file, and remove it at the end; one that a dead server left is taken over
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
     /// Write the URI to this descriptor when clients may come, and close it
@@ -74,9 +84,9 @@ pub struct ServeArgs {
     /// Warn when an image's volume has less room than this
     #[arg(long, value_name = "SIZE", value_parser = sizes::parse, default_value = "256M")]
     low_space: u64,
-    /// Connections at once
-    #[arg(long, value_name = "N", default_value_t = Limits::default().connections)]
-    max_connections: usize,
+    /// Connections at once; 1024 by default, fewer where the limit of open files has no room for them
+    #[arg(long, value_name = "N")]
+    max_connections: Option<usize>,
     /// Requests of a connection at once
     #[arg(long, value_name = "N", default_value_t = Limits::default().requests)]
     max_requests: usize,
@@ -122,6 +132,8 @@ impl ServeArgs {
             Some(listen) => listen.clone(),
         };
         self.check_secure(&listen)?;
+        log::serve()?;
+        descriptors::raise_limit();
         let (events, metrics) = (Events::default(), Metrics::default());
         let server = Server::new(Table::default(), self.options()?);
         // What is tolerated is not written to.
@@ -131,9 +143,10 @@ impl ServeArgs {
         for (name, image) in &exports {
             admin.add_export(name, image, &open)?;
         }
+        self.fit(&server, context)?;
         let control = self.control(&listen, &first, &admin)?;
         let metrics_at = self.metrics.as_deref().map(|at| metrics.serve(metrics::address(at)?)).transpose()?;
-        let pid_file = self.pid_file.as_deref().map(PidFile::write).transpose()?;
+        let pid_file = self.pid_file.as_deref().map(PidFile::make).transpose()?;
         server.run(&listen, |uri| {
             self.tell_ready(uri)?;
             if listen == Listen::Stdio {
@@ -176,13 +189,23 @@ impl ServeArgs {
             }
         };
         let limits = Limits {
-            connections: self.max_connections.max(1),
             requests: self.max_requests.max(1),
             idle: Duration::from_secs(self.idle_timeout),
             handshake: Duration::from_secs(self.handshake_timeout),
             ..Limits::default()
         };
         Ok(ServerOptions { limits, tls, once: self.once })
+    }
+
+    /// No more connections than there are descriptors for, beside those that others need.
+    fn fit(&self, server: &Server, context: &Context) -> Result<(), Error> {
+        let scrapers = self.metrics.as_ref().map_or(0, |_| metrics::MAX_CLIENTS + 2);
+        let fitted = server.fit(self.max_connections.map(|most| most.max(1)), scrapers + control::MAX_CLIENTS + 2 + FILES)?;
+        if fitted < self.max_connections.unwrap_or(Limits::default().connections) {
+            let limit = descriptors::limit();
+            context.note(&format!("{fitted} connections at most, as this process may have {limit} open files (ulimit -n)"));
+        }
+        Ok(())
     }
 
     /// Anyone on the way could read and change what plain clients send.
@@ -214,8 +237,13 @@ impl ServeArgs {
 
     fn tell_ready(&self, uri: &str) -> Result<(), Error> {
         let Some(fd) = self.ready_fd else { return Ok(()) };
-        let failed = |error: io::Error| Error::io(error, format!("descriptor {fd} of --ready-fd can't be written to"));
-        let mut file = OpenOptions::new().write(true).open(format!("/proc/self/fd/{fd}")).map_err(failed)?;
+        // Not as an error of the host: a closed pipe on stdout would be a reader who had enough.
+        let failed =
+            |error: io::Error| Error::new(ErrorKind::Io, format!("descriptor {fd} of --ready-fd can't be written to: {error}"));
+        // A pipe that nobody reads, or that is full, is an error, not something to wait for.
+        let mut options = OpenOptions::new();
+        options.write(true).custom_flags(nix::libc::O_NONBLOCK);
+        let mut file = options.open(format!("/proc/self/fd/{fd}")).map_err(failed)?;
         file.write_all(format!("{uri}\n").as_bytes()).map_err(failed)?;
         drop(file);
         // Who waits for its end should see it.
@@ -229,22 +257,6 @@ fn in_runtime_folder(name: &str, extension: &str) -> Result<PathBuf, Error> {
     let name: String = name.chars().map(|letter| if letter == '/' || letter == '\0' { '_' } else { letter }).take(40).collect();
     let name = if name.is_empty() || name.starts_with('.') { format!("disk{name}") } else { name };
     let path = folder.join(format!("{name}.{extension}"));
-    let taken = std::os::unix::net::UnixStream::connect(&path).is_ok();
+    let taken = is_served(&path).unwrap_or(false);
     Ok(if taken { folder.join(format!("{name}-{}.{extension}", std::process::id())) } else { path })
-}
-
-/// A file that names this process while it exists.
-struct PidFile<'a>(&'a Path);
-
-impl<'a> PidFile<'a> {
-    fn write(path: &'a Path) -> Result<Self, Error> {
-        fs::write(path, format!("{}\n", std::process::id())).map_err(|error| Error::io(error, "can't be written").at(path))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for PidFile<'_> {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(self.0);
-    }
 }

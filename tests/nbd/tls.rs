@@ -144,3 +144,97 @@ fn tls_begins_anew() {
     assert_eq!(said, "as expected\n");
     server.stop();
 }
+
+/// A folder `keys` with a key of each kind, made by OpenSSL, and a certificate for each, signed by one authority.
+fn openssl_keys(folder: &Path, keys: &[(&str, &str)]) {
+    fs::create_dir(folder.join("keys")).unwrap();
+    fs::write(folder.join("san"), "subjectAltName=DNS:localhost\n").unwrap();
+    sh(
+        folder,
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout ca-key.pem -out keys/ca-cert.pem -subj /CN=us \
+         -addext basicConstraints=critical,CA:TRUE 2>&1",
+    );
+    for (name, make) in keys {
+        let sign = "openssl req -new -key KEY -subj /CN=localhost | openssl x509 -req -CA keys/ca-cert.pem -CAkey ca-key.pem \
+                    -set_serial 1 -extfile san -out CERT 2>&1";
+        let key = format!("keys/{name}/server-key.pem");
+        let sign = sign.replace("KEY", &key).replace("CERT", &format!("keys/{name}/server-cert.pem"));
+        sh(folder, &format!("mkdir keys/{name}; cp keys/ca-cert.pem keys/{name}; {} 2>&1; {sign}", make.replace("KEY", &key)));
+    }
+}
+
+#[test]
+fn keys_of_all_usual_kinds_and_forms_are_served() {
+    if !has("nbdinfo") || !has("openssl") {
+        return;
+    }
+    let folder = folder_with_disk("8M");
+    let keys = [
+        ("rsa2048", "openssl genrsa -out KEY 2048"),
+        ("rsa2560", "openssl genrsa -out KEY 2560"),
+        ("rsa2050pkcs1", "openssl genrsa -traditional -out KEY 2050"),
+        ("rsa8192", "openssl genrsa -out KEY 8192"),
+        ("p256", "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out KEY"),
+        ("p384sec1", "openssl ecparam -name secp384r1 -genkey -out KEY"),
+        ("p521", "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-521 -out KEY"),
+        ("p521sec1", "openssl ecparam -name secp521r1 -genkey -noout -out KEY"),
+        ("ed25519", "openssl genpkey -algorithm ed25519 -out KEY"),
+    ];
+    openssl_keys(folder.path(), &keys);
+    // A certificate without extensions is of version 1.
+    sh(
+        folder.path(),
+        "mkdir keys/v1; cp keys/ca-cert.pem keys/p256/server-key.pem keys/v1; openssl req -new -key keys/v1/server-key.pem -subj /CN=localhost \
+         | openssl x509 -req -CA keys/ca-cert.pem -CAkey ca-key.pem -set_serial 1 -out keys/v1/server-cert.pem 2>&1; \
+         openssl x509 -in keys/v1/server-cert.pem -noout -text | grep -q 'Version: 1'",
+    );
+    for name in keys.iter().map(|(name, _)| *name).chain(["v1"]) {
+        let at = format!("disk.vhd --control c --listen tcp:127.0.0.1:0 --tls required --tls-certs keys/{name}");
+        let server = Server::start_at(folder.path(), &at);
+        let uri = format!("nbds://{}?tls-certificates={}/keys", address(&server), folder.path().display());
+        assert_eq!(sh(folder.path(), &format!("nbdinfo --size '{uri}'")).trim(), (8 << 20).to_string(), "{name}");
+        server.stop();
+    }
+}
+
+#[test]
+fn what_can_not_be_served_is_told_as_what_it_is() {
+    if !has("openssl") {
+        return;
+    }
+    let folder = folder_with_disk("8M");
+    let keys = [
+        ("rsa1024", "openssl genrsa -out KEY 1024"),
+        ("koblitz", "openssl ecparam -name secp256k1 -genkey -noout -out KEY"),
+        ("ed448", "openssl genpkey -algorithm ed448 -out KEY"),
+        ("good", "openssl genrsa -out KEY 2048"),
+        ("other", "openssl genrsa -out KEY 2048"),
+        ("encrypted", "openssl genrsa -out KEY 2048"),
+        ("old", "openssl genrsa -out KEY 2048"),
+        ("empty", "openssl genrsa -out KEY 2048"),
+        ("nocert", "openssl genrsa -out KEY 2048"),
+    ];
+    openssl_keys(folder.path(), &keys);
+    sh(
+        folder.path(),
+        "cp keys/good/server-key.pem keys/other/; \
+         openssl pkey -aes256 -passout pass:secret -in keys/good/server-key.pem -out keys/encrypted/server-key.pem; \
+         openssl rsa -traditional -aes256 -passout pass:secret -in keys/good/server-key.pem -out keys/old/server-key.pem 2>&1; \
+         echo nothing > keys/empty/server-key.pem; cp keys/good/server-key.pem keys/nocert/server-cert.pem",
+    );
+    for (name, file, says) in [
+        ("rsa1024", "server-key.pem", "an RSA key of 1024 bits"),
+        ("koblitz", "server-key.pem", "an EC key on secp256k1"),
+        ("ed448", "server-key.pem", "an Ed448 key"),
+        ("other", "server-key.pem", "is an RSA key of 2048 bits, but not that of keys/other/server-cert.pem"),
+        ("encrypted", "server-key.pem", "is encrypted"),
+        ("old", "server-key.pem", "is encrypted"),
+        ("empty", "server-key.pem", "has no private key"),
+        ("nocert", "server-cert.pem", "has no certificate"),
+    ] {
+        let said =
+            refused(folder.path(), &format!("serve disk.vhd --listen unix:s --control c --tls required --tls-certs keys/{name}"));
+        assert!(said.starts_with(&format!("vhd: keys/{name}/{file}: ")) && said.contains(says), "{said}");
+    }
+    Server::start(folder.path(), "disk.vhd --tls required --tls-certs keys/good").stop();
+}

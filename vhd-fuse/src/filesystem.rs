@@ -19,6 +19,7 @@ use nix::libc;
 use crate::buffer;
 use crate::document::Document;
 use crate::gate::{Gate, Pass};
+use crate::opens::Opens;
 use crate::options::MountOptions;
 use crate::server;
 use crate::tree::{Content, Node, Tree};
@@ -39,6 +40,9 @@ const ATTR_TTL: Duration = Duration::from_secs(1);
 /// Unit of `statfs`.
 const BLOCK_SIZE: u32 = 4096;
 
+/// Texts that are open at once: each is a descriptor of this process, and room on the host's volume.
+const MAX_TEXTS: usize = 32;
+
 /// Bytes that programs are told to read and write at once: many, because each request has its price.
 const PREFERRED_IO: u32 = 128 << 10;
 
@@ -50,10 +54,11 @@ pub(crate) struct DiskFiles {
     uid: u32,
     gid: u32,
     identity: String,
-    /// Texts that are open, by handle.
-    texts: Mutex<HashMap<u64, Arc<File>>>,
+    /// Texts that are open, by handle; nothing while one is being made.
+    texts: Mutex<HashMap<u64, Option<Arc<File>>>>,
     /// The handle of the next text. Other files need none: theirs is 0.
     next_handle: AtomicU64,
+    opens: Opens,
     /// The kernel keeps cached pages right when others go past them (since Linux 6.6).
     coherent_direct_io: bool,
 }
@@ -70,6 +75,7 @@ impl DiskFiles {
             options,
             texts: Mutex::default(),
             next_handle: AtomicU64::new(1),
+            opens: Opens::default(),
             coherent_direct_io: false,
         })
     }
@@ -143,22 +149,36 @@ impl DiskFiles {
 
     fn open_text(&self, text: &Document) -> Result<(FileHandle, FopenFlags), Errno> {
         let _pass = self.gate.enter().ok_or(Errno::ENOTCONN)?;
-        let file = text.open().map_err(|error| {
+        // Its place is taken before it is made, which may take long.
+        let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        {
+            let mut texts = self.texts();
+            if texts.len() >= MAX_TEXTS {
+                return Err(Errno::ENFILE);
+            }
+            texts.insert(handle, None);
+        }
+        let made = text.open().map_err(|error| {
             tracing::error!("{error}");
             Errno::EIO
-        })?;
-        let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
-        self.texts().insert(handle, Arc::new(file));
+        });
+        match made {
+            Ok(file) => drop(self.texts().insert(handle, Some(Arc::new(file)))),
+            Err(error) => {
+                self.texts().remove(&handle);
+                return Err(error);
+            }
+        }
         // Read as far as it goes, whatever size the kernel knows.
         Ok((FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO))
     }
 
     fn read_text(&self, handle: FileHandle, buf: &mut [u8], offset: u64) -> Result<usize, Errno> {
-        let file = self.texts().get(&handle.0).map(Arc::clone).ok_or(Errno::EBADF)?;
+        let file = self.texts().get(&handle.0).cloned().flatten().ok_or(Errno::EBADF)?;
         file.read_at(buf, offset).map_err(Errno::from)
     }
 
-    fn texts(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<File>>> {
+    fn texts(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Option<Arc<File>>>> {
         self.texts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -166,6 +186,8 @@ impl DiskFiles {
     fn check_change(&self, number: INodeNo, change: &Change) -> Result<FileAttr, Errno> {
         let now = self.attributes(number)?;
         match change.size {
+            // An open with O_TRUNC, which a block device takes too, and cuts nothing off.
+            Some(0) if change.by_open && now.kind == FileType::RegularFile => {}
             Some(size) if now.kind == FileType::Directory || size < now.size => return Err(Errno::EPERM),
             Some(size) if size > now.size => return Err(Errno::EFBIG),
             _ => {}
@@ -197,6 +219,8 @@ struct Change {
     uid: Option<u32>,
     gid: Option<u32>,
     size: Option<u64>,
+    /// An open with O_TRUNC.
+    by_open: bool,
 }
 
 /// Sends what a request came to. (The reply types of fuser have no trait in common.)
@@ -240,7 +264,7 @@ impl Filesystem for DiskFiles {
 
     fn setattr(
         &self,
-        _request: &Request,
+        request: &Request,
         number: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -249,18 +273,21 @@ impl Filesystem for DiskFiles {
         _atime: Option<TimeOrNow>,
         _mtime: Option<TimeOrNow>,
         _ctime: Option<std::time::SystemTime>,
-        _handle: Option<FileHandle>,
+        handle: Option<FileHandle>,
         _crtime: Option<std::time::SystemTime>,
         _chgtime: Option<std::time::SystemTime>,
         _bkuptime: Option<std::time::SystemTime>,
         _flags: Option<fuser::BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let change = Change { mode, uid, gid, size };
+        // ftruncate(2) names the file that was opened.
+        let by_open = size == Some(0) && handle.is_none() && self.opens.was_last(request.pid(), number);
+        let change = Change { mode, uid, gid, size, by_open };
         answer!(reply, self.check_change(number, &change), attr => reply.attr(&ATTR_TTL, &attr));
     }
 
-    fn open(&self, _request: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, request: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        self.opens.note(request.pid(), number);
         answer!(reply, self.open_file(number, flags), (handle, flags) => reply.opened(handle, flags));
     }
 
@@ -282,7 +309,7 @@ impl Filesystem for DiskFiles {
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         number: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -291,6 +318,7 @@ impl Filesystem for DiskFiles {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        self.opens.forget(request.pid());
         let len = size.min(MAX_TRANSFER) as usize;
         buffer::with(len, |buf| {
             let done = match handle.0 {
@@ -303,7 +331,7 @@ impl Filesystem for DiskFiles {
 
     fn write(
         &self,
-        _request: &Request,
+        request: &Request,
         number: INodeNo,
         _handle: FileHandle,
         offset: u64,
@@ -313,6 +341,7 @@ impl Filesystem for DiskFiles {
         _owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        self.opens.forget(request.pid());
         let done = self.file(number).and_then(|(_pass, view)| view.write(data, offset));
         // A request has no more than MAX_TRANSFER bytes.
         answer!(reply, done, len => reply.written(u32::try_from(len).unwrap_or(u32::MAX)));

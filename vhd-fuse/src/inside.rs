@@ -1,15 +1,20 @@
 //! Mounting the file system that is in a file: by the kernel through a loop device, else by a FUSE file system that is
 //! installed.
 
+use std::fs::{File, TryLockError};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use vhd_core::{Error, ErrorKind, Result};
 
-use crate::DISK_FILE;
 use crate::options::users_may_allow_other;
 use crate::unmount::one_line;
+use crate::{DISK_FILE, mountinfo};
+
+/// How long another mount from the same image may take.
+const TURN: Duration = Duration::from_secs(60);
 
 /// What mounts a kind of file system for everyone.
 struct Helper {
@@ -30,8 +35,44 @@ const HELPERS: &[Helper] = &[
     Helper { kinds: &["vfat"], program: "fusefat", package: "fusefat", to_write: &["rw+"], is_named: true },
 ];
 
-/// Mounts what is in `file` on the folder `at`, and says what did it: `ext4 (kernel, /dev/loop0)`.
-pub(crate) fn mount(file: &Path, at: &Path, options: &[String], read_only: bool) -> Result<String> {
+/// The mounts of file systems that are in files of this folder, with those files.
+pub(crate) fn mounted_from(folder: &Path) -> std::io::Result<Vec<(PathBuf, PathBuf)>> {
+    let mounts = mountinfo::all()?.into_iter();
+    Ok(mounts
+        .filter_map(|entry| Some((entry.target, file_of(&entry.source).filter(|file| file.parent() == Some(folder))?)))
+        .collect())
+}
+
+/// Mounts what is in a file of a mount of ours on the folder `at`, and says what did it: `ext4 (kernel, /dev/loop0)`. Two file
+/// systems over the same bytes would destroy each other, so there is one at a time that looks and then mounts.
+pub(crate) fn mount(folder: &Path, name: &str, at: &Path, options: &[String], read_only: bool) -> Result<String> {
+    let _turn = turn(folder)?;
+    let mounted = mounted_from(folder).map_err(|error| Error::io(error, "can't see what is mounted").at(at))?;
+    let overlaps = |file: &Path| file.file_name().is_none_or(|other| other == name || other == DISK_FILE || name == DISK_FILE);
+    if let Some((other, file)) = mounted.iter().find(|(_, file)| overlaps(file)) {
+        let part = file.file_name().unwrap_or_default().display();
+        let message =
+            format!("{part} of its image is mounted on {} already; mount --bind shows it in two places", other.display());
+        return Err(Error::new(ErrorKind::Refused, message).at(at));
+    }
+    mount_file(&folder.join(name), at, options, read_only)
+}
+
+/// The right to mount what is in the files of a folder, until it is dropped.
+fn turn(folder: &Path) -> Result<File> {
+    let failed = |error| Error::io(error, "can't be locked to mount from it").at(folder);
+    let file = File::open(folder).map_err(failed)?;
+    let began = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if began.elapsed() < TURN => std::thread::sleep(Duration::from_millis(20)),
+            Err(error) => return Err(failed(error.into())),
+        }
+    }
+}
+
+fn mount_file(file: &Path, at: &Path, options: &[String], read_only: bool) -> Result<String> {
     let kind = kind_of(file)?;
     let by_kernel = match nix::unistd::geteuid().is_root() {
         true => by_kernel(file, at, &kind, options, read_only),

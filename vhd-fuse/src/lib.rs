@@ -19,8 +19,10 @@ mod gate;
 mod inside;
 mod mounted;
 mod mountinfo;
+mod opens;
 mod options;
 mod server;
+mod shared;
 mod signals;
 mod tree;
 mod unmount;
@@ -30,7 +32,8 @@ pub use contents::{Contents, PROBLEMS_FILE};
 pub use mounted::{Mounted, mount};
 pub use options::{MountOptions, users_may_allow_other};
 pub use server::{Server, check_servers_run};
-pub use signals::StopSignals;
+pub use shared::SharedMount;
+pub use signals::{Lethal, StopSignals};
 pub use unmount::{Told, Unmounted, image_at, unmount};
 
 /// The file that is the whole disk.

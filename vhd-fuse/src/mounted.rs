@@ -80,7 +80,7 @@ fn serve(contents: Contents, target: &Path, options: &MountOptions) -> Result<Mo
     // Asked of the mount itself: it answers.
     let device = device(&target).map_err(undone)?;
     raise_readahead(device);
-    Ok(Mounted { disk: disk.clone(), target, files, device, gate, ended, serving: Some(serving), inside: None })
+    Ok(Mounted { disk: disk.clone(), target, files, device, gate, ended, serving: Some(serving), has_inside: false })
 }
 
 /// A folder or a regular file, and none that the image itself is.
@@ -116,7 +116,7 @@ fn source(disk: &Disk) -> String {
     path.map_or_else(|| SUBTYPE.to_owned(), |path| path.to_string_lossy().into_owned())
 }
 
-fn device(path: &Path) -> io::Result<u64> {
+pub(crate) fn device(path: &Path) -> io::Result<u64> {
     use std::os::unix::fs::MetadataExt;
     Ok(std::fs::symlink_metadata(path)?.dev())
 }
@@ -142,8 +142,8 @@ pub struct Mounted {
     ended: PipeReader,
     /// Gone once the mount has ended.
     serving: Option<JoinHandle<io::Result<()>>>,
-    /// A file system on one of the files, which goes first.
-    inside: Option<PathBuf>,
+    /// File systems are mounted from the files, and go first.
+    has_inside: bool,
 }
 
 impl Mounted {
@@ -154,17 +154,20 @@ impl Mounted {
     }
 
     /// Mounts the file system that is in one of the files, given by its name, on the folder `at`. From now on this mount
-    /// ends when that one does, and the other way round. Returns what mounted it.
+    /// ends when that one does, and all that [`SharedMount`](crate::SharedMount) mounted from it; and the other way round. Returns
+    /// what mounted it.
     ///
     /// # Errors
     /// `Unsupported` when nothing here can; as it fails.
     pub fn mount_inside(&mut self, name: &str, at: &Path, options: &[String], read_only: bool) -> Result<String> {
         let at = at.canonicalize().map_err(|error| Error::io(error, "can't find it").at(at))?;
-        let by = inside::mount(&self.target.join(name), &at, options, read_only)?;
-        self.inside = Some(at.clone());
+        let by = inside::mount(&self.target, name, &at, options, read_only)?;
+        self.has_inside = true;
         let target = self.target.clone();
         let watching = thread::Builder::new().name("fuse-inside".to_owned()).spawn(move || {
-            if let Err(error) = mountinfo::wait_until_gone(&at) {
+            let from_here =
+                |entry: &mountinfo::MountEntry| inside::file_of(&entry.source).is_some_and(|file| file.parent() == Some(&target));
+            if let Err(error) = mountinfo::wait_until_none(from_here) {
                 tracing::warn!("{}: can't tell when it is unmounted: {error}", at.display());
                 return;
             }
@@ -213,19 +216,20 @@ impl Mounted {
     fn finish(&mut self, signals: Option<&StopSignals>) -> Result<()> {
         let Some(serving) = self.serving.take() else { return Ok(()) };
         // The disk is closed whether or not the end can be waited for.
-        let inside = self.inside.take();
+        let inside = if self.has_inside { inside::mounted_from(&self.target).unwrap_or_default() } else { Vec::new() };
         let has_ended = |signals, timeout| self.wait_for_end(signals, Some(timeout)).unwrap_or(false);
         let unmounted = has_ended(None, Duration::ZERO) || {
-            let grace = if inside.is_some() { INSIDE_GRACE } else { GRACE };
-            if let Some(inside) = &inside {
-                take_away(inside);
-            }
+            let grace = if inside.is_empty() { GRACE } else { INSIDE_GRACE };
+            inside.iter().rev().for_each(|(at, _)| take_away(at));
             self.unmount();
             has_ended(signals, grace)
         };
         // From here on nothing is written, whoever still holds a file: what the close makes durable is all there is.
         self.gate.close();
+        // Whoever can't wait for a host that hangs may say so once more.
+        let lethal = signals.and_then(|signals| signals.lethal().ok());
         let closed = self.disk.close();
+        drop(lethal);
         if unmounted {
             match serving.join() {
                 Ok(Ok(())) => {}

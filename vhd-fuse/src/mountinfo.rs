@@ -21,14 +21,19 @@ pub(crate) struct MountEntry {
 
 /// The mount that is seen at a path: of several, the last.
 pub(crate) fn at(target: &Path) -> io::Result<Option<MountEntry>> {
-    let table = std::fs::read("/proc/self/mountinfo")?;
-    Ok(table.split(|byte| *byte == b'\n').filter_map(parse).rfind(|entry| entry.target == target))
+    Ok(all()?.into_iter().rfind(|entry| entry.target == target))
 }
 
-/// Waits until nothing is mounted at a path.
-pub(crate) fn wait_until_gone(target: &Path) -> io::Result<()> {
+/// All mounts, in order.
+pub(crate) fn all() -> io::Result<Vec<MountEntry>> {
+    let table = std::fs::read("/proc/self/mountinfo")?;
+    Ok(table.split(|byte| *byte == b'\n').filter_map(parse).collect())
+}
+
+/// Waits until no mount is one of these.
+pub(crate) fn wait_until_none(is_one: impl Fn(&MountEntry) -> bool) -> io::Result<()> {
     let table = File::open("/proc/self/mountinfo")?;
-    while at(target)?.is_some() {
+    while all()?.iter().any(&is_one) {
         // A change is told as an error and an exceptional state. Time runs out too: between the look and the wait the
         // table may have changed.
         let second = Timespec { tv_sec: 1, tv_nsec: 0 };

@@ -76,6 +76,12 @@ pub fn unmount(target: &Path, force: bool, tell: &mut dyn FnMut(Told<'_>)) -> Re
     let server = identity.as_deref().and_then(Server::find);
     if let Some(inside) = &found.inside {
         detach(inside, Detach::Now)?;
+        let others = inside::mounted_from(&found.place).unwrap_or_default();
+        if let Some((other, _)) = others.first() {
+            let (target, other) = (target.display(), other.display());
+            tell(Told::Note(&format!("{target}: unmounted; the image stays open for {other}, which is mounted from it, too")));
+            return Ok(Unmounted { image });
+        }
         wait_for(server.as_ref(), target, tell)?;
         // A server that died meanwhile leaves it.
         found.clear_place()?;
@@ -167,7 +173,7 @@ impl Found {
 }
 
 /// The kind of our mounts.
-fn ours() -> String {
+pub(crate) fn ours() -> String {
     format!("fuse.{SUBTYPE}")
 }
 

@@ -31,6 +31,11 @@ impl Pool {
         Buffer { bytes: Some(bytes), len: len.min(SIZES[class]), class, pool: Arc::clone(self) }
     }
 
+    /// There are no more pipes than that at once.
+    pub fn limit_pipes(&self, most: usize) {
+        self.pipes.limit(most);
+    }
+
     /// A pipe in place of a buffer, as [`Pipes::take`] has it.
     pub fn pipe(&self) -> Option<Pipe> {
         self.pipes.take()

@@ -42,6 +42,26 @@ impl Default for Limits {
     }
 }
 
+/// A connection that takes descriptors, until all that hold one are gone: what waits for a disk may hold it for longer than
+/// the connection lasts.
+#[derive(Debug, Default)]
+pub struct Live(Arc<AtomicUsize>);
+
+impl Live {
+    /// One more, where there are fewer than `most`.
+    pub fn one_more(count: &Arc<AtomicUsize>, most: usize) -> Option<Self> {
+        let before = count.fetch_add(1, Ordering::Relaxed);
+        let live = Self(Arc::clone(count));
+        (before < most).then_some(live)
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Bytes that all connections share.
 #[derive(Debug)]
 pub struct Budget {

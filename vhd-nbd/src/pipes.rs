@@ -13,7 +13,7 @@ use vhd_core::block::Spliced;
 use crate::buffers::PIECE;
 
 /// Pipes at once: each is two descriptors.
-const MOST: usize = 64;
+pub const MOST: usize = 64;
 /// Pipes that are kept for the next who wants one.
 const KEPT: usize = 16;
 /// Room for the pages of a piece, which may begin and end inside one: the kernel rounds it up to a power of two.
@@ -34,18 +34,30 @@ impl Ends {
 }
 
 /// Where pipes come from and go back to.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Pipes {
     kept: Mutex<Vec<Ends>>,
     out: AtomicUsize,
+    most: AtomicUsize,
+}
+
+impl Default for Pipes {
+    fn default() -> Self {
+        Self { kept: Mutex::default(), out: AtomicUsize::new(0), most: AtomicUsize::new(MOST) }
+    }
 }
 
 impl Pipes {
+    /// There are no more than so many at once, from now on.
+    pub fn limit(&self, most: usize) {
+        self.most.store(most, Ordering::Relaxed);
+    }
+
     /// An empty pipe with room for a piece. `None` where there are enough, or the system has none: then data is copied.
     pub fn take(self: &Arc<Self>) -> Option<Pipe> {
         // It counts itself out again.
         let mut pipe = Pipe { ends: None, content: Content::Nothing, pipes: Arc::clone(self) };
-        if self.out.fetch_add(1, Ordering::Relaxed) >= MOST {
+        if self.out.fetch_add(1, Ordering::Relaxed) >= self.most.load(Ordering::Relaxed) {
             return None;
         }
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).pop();
@@ -113,7 +125,7 @@ impl Drop for Pipe {
         self.pipes.out.fetch_sub(1, Ordering::Relaxed);
         let is_empty = matches!(self.content, Content::Nothing | Content::Data { left: 0, .. });
         let mut kept = self.pipes.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if is_empty && kept.len() < KEPT {
+        if is_empty && kept.len() < KEPT.min(self.pipes.most.load(Ordering::Relaxed)) {
             kept.extend(self.ends.take());
         }
     }
@@ -173,5 +185,7 @@ mod tests {
         drop(all);
         assert_eq!(pipes.kept.lock().unwrap().len(), KEPT);
         assert!(pipes.take().is_some());
+        pipes.limit(2);
+        assert_eq!([pipes.take(), pipes.take(), pipes.take()].iter().flatten().count(), 2);
     }
 }

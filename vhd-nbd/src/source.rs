@@ -2,18 +2,20 @@
 //!
 //! It is synchronous and asks one thing at a time. Where the server tells what is allocated, holes stay holes.
 
+mod patient;
+
 use std::fmt;
 use std::io::{self, BufReader, IoSlice, IoSliceMut, Read, Write};
-use std::net::TcpStream;
 use std::ops::Range;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use vhd_core::block::{BlockDevice, Capabilities, Extent, ExtentState, ZeroMode};
 use vhd_core::{Disk, Error, ErrorKind, Result};
 
+use self::patient::Patient;
 use crate::codec::{
     Command, INIT_MAGIC, MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, Request, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
     chunk, handshake_flag, info, option, option_reply,
@@ -27,8 +29,10 @@ const STATUS_AT_MOST: u64 = 1 << 30;
 const REPLY_AT_MOST: u32 = 16 << 20;
 /// Chunks of a reply at most: one for each sector.
 const CHUNKS_AT_MOST: usize = READ_AT_MOST / 512 + 8;
-/// How long a server may say nothing.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a server may say nothing while it is asked for data: its disk may have to begin to turn, or be busy.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The same for who is to be connected to, and for the handshake.
+const PATIENCE_AT_FIRST: Duration = Duration::from_secs(10);
 const DEFAULT_PORT: u16 = 10809;
 const ALLOCATION: &str = "base:allocation";
 
@@ -45,36 +49,41 @@ pub fn is_uri(text: &str) -> bool {
     text.starts_with("nbd://") || text.starts_with("nbd+unix://")
 }
 
-/// Opens a disk that another server has, read-only: `nbd://HOST[:PORT]/NAME` or `nbd+unix:///NAME?socket=PATH`.
+/// Opens a disk that another server has, read-only: `nbd://HOST[:PORT]/NAME` or `nbd+unix:///NAME?socket=PATH`. Whatever is
+/// waited for, here and when it is read, `stop` ends that.
 ///
 /// # Errors
-/// `InvalidInput` when the URI is none; `NotFound` when there is no such export; `Io` as the server or the way to it fails.
-pub fn open(uri: &str) -> Result<Disk> {
-    let failed = |error: io::Error| Error::io(error, format!("{uri}: the server can't be used"));
+/// `InvalidInput` when the URI is none; `NotFound` when there is no such export; `Cancelled` once it is to stop; `Io` as the
+/// server or the way to it fails.
+pub fn open(uri: &str, stop: &Arc<AtomicBool>) -> Result<Disk> {
     let (place, name) = parse(uri)?;
-    let mut stream = match &place {
-        Place::Tcp(address) => TcpStream::connect(address).and_then(|stream| {
-            stream.set_nodelay(true)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
-            Ok(Stream::new(stream.try_clone()?, stream))
-        }),
-        Place::Unix(path) => UnixStream::connect(path).and_then(|stream| {
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
-            Ok(Stream::new(stream.try_clone()?, stream))
-        }),
-    }
-    .map_err(failed)?;
+    let connected = match &place {
+        Place::Tcp(address) => Patient::tcp(address, PATIENCE_AT_FIRST, stop),
+        Place::Unix(path) => Patient::unix(path, PATIENCE_AT_FIRST, stop),
+    };
+    let mut stream = Stream::new(connected.map_err(|error| told(uri, "when it was connected to", error))?);
     let (size, context) = handshake(&mut stream, &name).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => Error::new(ErrorKind::NotFound, format!("{uri}: the server has no export {name:?}")),
-        _ => failed(error),
+        _ => told(uri, "in the handshake", error),
     })?;
+    stream.set_patience(PATIENCE);
     if size % 512 != 0 {
         let message = format!("{uri}: has {size} bytes, which is no whole number of sectors");
         return Err(Error::new(ErrorKind::Unsupported, message));
     }
     Ok(Disk::new(Remote { uri: uri.to_owned(), size, context, stream: Mutex::new(stream) }))
+}
+
+/// What went wrong, and when.
+fn told(uri: &str, when: &str, error: io::Error) -> Error {
+    if patient::is_stopped(&error) {
+        return Error::new(ErrorKind::Cancelled, "interrupted");
+    }
+    if error.kind() == io::ErrorKind::TimedOut {
+        let advice = "see whether the server or its disk hangs, or the network is cut, then try again";
+        return Error::new(ErrorKind::Io, format!("{uri}: the server failed {when}: {error}; {advice}"));
+    }
+    Error::io(error, format!("{uri}: the server failed {when}")).with_kind(ErrorKind::Io)
 }
 
 fn parse(uri: &str) -> Result<(Place, String)> {
@@ -119,8 +128,8 @@ fn unescaped(text: &str) -> Option<String> {
 
 /// A connection, one direction at a time.
 struct Stream {
-    reader: BufReader<Box<dyn Read + Send>>,
-    writer: Box<dyn Write + Send>,
+    reader: BufReader<Patient>,
+    writer: Patient,
     /// It failed: nobody knows where in its stream a reply begins.
     lost: bool,
 }
@@ -130,8 +139,13 @@ fn invalid(message: &str) -> io::Error {
 }
 
 impl Stream {
-    fn new(reader: impl Read + Send + 'static, writer: impl Write + Send + 'static) -> Self {
-        Self { reader: BufReader::new(Box::new(reader)), writer: Box::new(writer), lost: false }
+    fn new(client: Patient) -> Self {
+        Self { reader: BufReader::new(client.clone()), writer: client, lost: false }
+    }
+
+    fn set_patience(&mut self, patience: Duration) {
+        self.reader.get_mut().patience = patience;
+        self.writer.patience = patience;
     }
 
     fn take<const N: usize>(&mut self) -> io::Result<[u8; N]> {
@@ -237,18 +251,20 @@ impl Remote {
         }
     }
 
-    /// Does something with the connection, if it did not fail before.
-    fn with<T>(&self, ask: impl FnOnce(&mut Stream) -> io::Result<T>) -> Result<T> {
+    /// Does something with the connection, if it did not fail before; `when` says what, should it fail.
+    fn with<T>(&self, when: impl FnOnce() -> String, ask: impl FnOnce(&mut Stream) -> io::Result<T>) -> Result<T> {
         let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
         let done = if stream.lost { Err(invalid("the connection failed before")) } else { ask(&mut stream) };
         stream.lost = done.is_err();
-        done.map_err(|error| Error::io(error, format!("{}: the server failed", self.uri)).with_kind(ErrorKind::Io))
+        done.map_err(|error| told(&self.uri, &when(), error))
     }
 
     fn read(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
         while !buf.is_empty() {
-            let (now, later) = buf.split_at_mut(buf.len().min(READ_AT_MOST));
-            self.with(|stream| read(stream, now, offset))?;
+            let len = buf.len().min(READ_AT_MOST);
+            let (now, later) = buf.split_at_mut(len);
+            let when = || format!("when it was to read {len} bytes at {offset}");
+            self.with(when, |stream| read(stream, now, offset))?;
             offset += now.len() as u64;
             buf = later;
         }
@@ -393,7 +409,10 @@ impl BlockDevice for Remote {
         let mut open: Option<Extent> = None;
         while at < range.end {
             let runs = match self.context {
-                Some(context) => self.with(|stream| status(stream, &(at..range.end), context))?,
+                Some(context) => {
+                    let when = || format!("when it was to say what is allocated at {at}");
+                    self.with(when, |stream| status(stream, &(at..range.end), context))?
+                }
                 None => vec![(range.end - at, 0)],
             };
             for (len, state) in runs {
@@ -421,7 +440,7 @@ impl BlockDevice for Remote {
     }
 
     fn close(&self) -> Result<()> {
-        self.with(|stream| send(stream, Command::Disconnect, 0, 0))
+        self.with(|| "at the end".to_owned(), |stream| send(stream, Command::Disconnect, 0, 0))
     }
 }
 

@@ -6,21 +6,23 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use vhd_core::{Error, ErrorKind, Result};
 
-use crate::socket::PrivateListener;
+use crate::places::{Place, Places};
+use crate::socket::{PrivateListener, is_served};
 
-/// Bytes of a request or an answer at most.
-const MAX_LINE: u64 = 16 << 20;
-/// Clients at once at most: people and scripts, not load.
-const MAX_CLIENTS: usize = 32;
+/// Bytes of a request at most, and of an answer.
+const MAX_REQUEST: u64 = 256 << 10;
+const MAX_ANSWER: u64 = 16 << 20;
+/// Clients at once at most: people and scripts, not load. One that asks nothing makes room for one more.
+pub const MAX_CLIENTS: usize = 32;
 /// How long a client may say nothing.
 const IDLE: Duration = Duration::from_secs(300);
 /// The ending of sockets in the runtime folder.
@@ -117,10 +119,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 pub struct Control {
     listener: Arc<PrivateListener>,
     stop: Arc<AtomicBool>,
-    /// Ends of connections, so that they can be ended.
-    clients: Arc<Mutex<Vec<UnixStream>>>,
-    /// How many there are.
-    count: Arc<AtomicUsize>,
+    places: Arc<Places<UnixStream>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -131,16 +130,12 @@ impl Control {
     /// `Exists` when someone serves it, or it is no socket; as the host fails.
     pub fn bind(path: &Path, handler: Arc<dyn Handler>) -> Result<Self> {
         let listener = Arc::new(PrivateListener::bind(path)?);
-        let (stop, clients) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Vec<UnixStream>>>::default());
-        let count = Arc::<AtomicUsize>::default();
-        let (for_clients, for_count) = (Arc::clone(&clients), Arc::clone(&count));
-        let accepting = Accepting { handler, stop: Arc::clone(&stop), clients: for_clients, count: for_count };
-        let thread = thread::Builder::new().name("vhd-control".into()).spawn({
-            let listener = Arc::clone(&listener);
-            move || accepting.run(&listener)
-        });
+        let (stop, places) = (Arc::<AtomicBool>::default(), Places::new(MAX_CLIENTS));
+        let accepting = Accepting { handler, stop: Arc::clone(&stop), places: Arc::clone(&places) };
+        let listening = Arc::clone(&listener);
+        let thread = thread::Builder::new().name("vhd-control".into()).spawn(move || accepting.run(&listening));
         let thread = thread.map_err(|error| Error::io(error, "can't be served").at(path))?;
-        Ok(Self { listener, stop, clients, count, thread: Some(thread) })
+        Ok(Self { listener, stop, places, thread: Some(thread) })
     }
 
     /// Where it is.
@@ -153,26 +148,21 @@ impl Control {
 impl Drop for Control {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
+        // Who waits for clients is told that none will come.
         self.listener.end();
-        for client in self.clients.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            let _ = client.shutdown(std::net::Shutdown::Read);
-        }
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+        self.places.end();
         // Whoever asked for the end is told that it came.
-        let begin = Instant::now();
-        while self.count.load(Ordering::SeqCst) > 0 && begin.elapsed() < LAST_ANSWERS {
-            thread::sleep(Duration::from_millis(1));
-        }
+        self.places.wait(LAST_ANSWERS);
     }
 }
 
 struct Accepting {
     handler: Arc<dyn Handler>,
     stop: Arc<AtomicBool>,
-    clients: Arc<Mutex<Vec<UnixStream>>>,
-    count: Arc<AtomicUsize>,
+    places: Arc<Places<UnixStream>>,
 }
 
 impl Accepting {
@@ -192,44 +182,29 @@ impl Accepting {
         }
     }
 
-    fn start(&self, mut client: UnixStream) {
-        if self.count.load(Ordering::SeqCst) >= MAX_CLIENTS {
-            let error = Error::new(ErrorKind::Refused, format!("{MAX_CLIENTS} clients are connected already; try again later"));
-            let _ = client.write_all(&line_of(&answer(Err(error))));
-            return;
-        }
-        let Ok(end) = client.try_clone() else { return };
-        self.clients.lock().unwrap_or_else(PoisonError::into_inner).push(end);
-        self.count.fetch_add(1, Ordering::SeqCst);
-        let (handler, count, clients) = (Arc::clone(&self.handler), Arc::clone(&self.count), Arc::clone(&self.clients));
-        let served = move || {
-            if let Err(error) = serve(&client, &*handler) {
+    fn start(&self, client: UnixStream) {
+        let handler = Arc::clone(&self.handler);
+        let served = move |place: &Place<UnixStream>| {
+            if let Err(error) = serve(place, &*handler) {
                 tracing::debug!("control client: {error}");
             }
-            forget(&clients, &client);
-            count.fetch_sub(1, Ordering::SeqCst);
         };
-        if let Err(error) = thread::Builder::new().name("vhd-control-client".into()).spawn(served) {
-            tracing::warn!("control socket: {error}");
-            self.count.fetch_sub(1, Ordering::SeqCst);
+        if let Err(mut client) = self.places.serve("vhd-control-client", client, served) {
+            let message = format!("{MAX_CLIENTS} requests are under way already; try again later");
+            let _ = client.set_nonblocking(true);
+            let _ = client.write_all(&line_of(&answer(Err(Error::new(ErrorKind::Refused, message)))));
         }
     }
 }
 
-/// Drops the other handle of a connection that ended; with it, those of all that ended.
-fn forget(clients: &Mutex<Vec<UnixStream>>, client: &UnixStream) {
-    let _ = client.shutdown(std::net::Shutdown::Both);
-    let mut clients = clients.lock().unwrap_or_else(PoisonError::into_inner);
-    clients.retain(|other| other.peer_addr().is_ok());
-}
-
-fn serve(client: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
+fn serve(place: &Place<UnixStream>, handler: &dyn Handler) -> io::Result<()> {
+    let client = place.stream();
     client.set_read_timeout(Some(IDLE))?;
     client.set_write_timeout(Some(IDLE))?;
     let mut reader = BufReader::new(client);
-    while let Some(line) = read_line(&mut reader)? {
+    while let Some(line) = read_line(&mut reader, MAX_REQUEST)? {
         let result = match serde_json::from_slice::<Request>(&line) {
-            Ok(request) => handler.handle(&request),
+            Ok(request) => place.at_work(|| handler.handle(&request)),
             Err(error) => Err(Error::new(ErrorKind::InvalidInput, format!("a request is not understood: {error}"))),
         };
         (&*client).write_all(&line_of(&answer(result)))?;
@@ -238,13 +213,13 @@ fn serve(client: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
 }
 
 /// The next line; `None` at the end.
-fn read_line(reader: &mut impl BufRead) -> io::Result<Option<Vec<u8>>> {
+fn read_line(reader: &mut impl BufRead, most: u64) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
-    reader.take(MAX_LINE).read_until(b'\n', &mut line)?;
+    reader.take(most).read_until(b'\n', &mut line)?;
     match line.pop() {
         None => Ok(None),
         Some(b'\n') => Ok(Some(line)),
-        Some(_) => Err(io::Error::new(io::ErrorKind::InvalidData, format!("a line has no end within {MAX_LINE} bytes"))),
+        Some(_) => Err(io::Error::new(io::ErrorKind::InvalidData, format!("a line has no end within {most} bytes"))),
     }
 }
 
@@ -279,7 +254,7 @@ pub fn call(path: &Path, request: &Request) -> Result<Value> {
     })?;
     let request = serde_json::to_value(request).map_err(|error| failed(error.into()))?;
     (&client).write_all(&line_of(&request)).map_err(failed)?;
-    let line = read_line(&mut BufReader::new(&client)).map_err(failed)?;
+    let line = read_line(&mut BufReader::new(&client), MAX_ANSWER).map_err(failed)?;
     let gone = || Error::new(ErrorKind::Io, "the service ended before it answered").at(path);
     let mut said: Value = serde_json::from_slice(&line.ok_or_else(gone)?).map_err(|error| failed(error.into()))?;
     if let Some(value) = said.get_mut("ok") {
@@ -308,9 +283,9 @@ pub fn sockets() -> Result<Vec<PathBuf>> {
         if path.extension().is_none_or(|extension| extension != EXTENSION) {
             continue;
         }
-        match UnixStream::connect(&path) {
-            Ok(_) => found.push(path),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => drop(std::fs::remove_file(&path)),
+        match is_served(&path) {
+            Ok(true) => found.push(path),
+            Ok(false) => drop(std::fs::remove_file(&path)),
             Err(_) => {}
         }
     }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
@@ -19,6 +19,7 @@ use vhd_core::block::{BlockDevice, Capabilities, Extent, Found, SharedBytes, Spl
 use vhd_core::{Disk, Error, ErrorKind, Result};
 
 use self::counts::{Kind, Requests, Watched};
+use crate::places::{Place, Places};
 use crate::space;
 
 mod counts;
@@ -27,8 +28,12 @@ type Labels = Vec<(&'static str, String)>;
 
 /// Bytes of a request for metrics at most.
 const MAX_REQUEST: usize = 8 << 10;
-/// How long who asks for metrics may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long who asks for metrics may take to ask, and to take the answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Who may ask at once.
+pub const MAX_CLIENTS: usize = 8;
+/// How long to wait when no client can be taken, as where there are no descriptors left.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Counters of all disks of a process. A cheap clone.
 #[derive(Clone, Debug)]
@@ -108,7 +113,7 @@ impl Metrics {
         if let Ok(found) = leaf.metadata() {
             set(&self.0.allocated, found.blocks() * 512);
         }
-        if let Ok(space) = space::of(&leaf) {
+        if let Ok(Some(space)) = space::of(&leaf) {
             set(&self.0.free, space.free);
         }
     }
@@ -121,16 +126,22 @@ impl Metrics {
         let failed = |error| Error::io(error, format!("can't serve metrics on {address}"));
         let listener = TcpListener::bind(address).map_err(failed)?;
         let bound = listener.local_addr().map_err(failed)?;
-        let metrics = self.clone();
+        let (metrics, places) = (self.clone(), Places::new(MAX_CLIENTS));
         let serving = move || {
             for client in listener.incoming() {
-                let answered = client.and_then(|client| {
-                    client.set_read_timeout(Some(PATIENCE))?;
-                    client.set_write_timeout(Some(PATIENCE))?;
-                    metrics.answer(&client)
-                });
-                if let Err(error) = answered {
-                    tracing::debug!("metrics: {error}");
+                let metrics = metrics.clone();
+                let answer = move |place: &Place<TcpStream>| {
+                    if let Err(error) = metrics.answer(place) {
+                        tracing::debug!("metrics: {error}");
+                    }
+                };
+                match client {
+                    // Who gets no place sees the end of the connection, and comes again.
+                    Ok(client) => drop(places.serve("vhd-scraper", client, answer)),
+                    Err(error) => {
+                        tracing::warn!("metrics: a client can't be taken: {error}");
+                        thread::sleep(PAUSE);
+                    }
                 }
             }
         };
@@ -139,29 +150,61 @@ impl Metrics {
     }
 
     /// One request, one answer, the end: those who scrape come every few seconds.
-    fn answer(&self, mut client: impl Read + Write) -> io::Result<()> {
+    fn answer(&self, place: &Place<TcpStream>) -> io::Result<()> {
+        let mut client = Hasty { stream: place.stream(), until: Instant::now() + PATIENCE };
         let mut request = Vec::new();
         let mut part = [0; 1024];
-        let began = Instant::now();
         while !request.windows(4).any(|end| end == b"\r\n\r\n") {
             let count = client.read(&mut part)?;
-            if count == 0 || request.len() > MAX_REQUEST || began.elapsed() > PATIENCE {
+            if count == 0 || request.len() > MAX_REQUEST {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "a request has no end"));
             }
             request.extend_from_slice(&part[..count]);
         }
         let (status, text) = match request.as_slice() {
             [b'G', b'E', b'T', b' ', b'/', rest @ ..] if rest.starts_with(b"metrics ") || rest.starts_with(b" ") => {
-                ("200 OK", self.to_text())
+                ("200 OK", place.at_work(|| self.to_text()))
             }
             _ => ("404 Not Found", "metrics are at /metrics\n".to_owned()),
         };
+        client.until = Instant::now() + PATIENCE;
         let mut answer = String::new();
         let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
         let _ = write!(answer, "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n", text.len());
         answer.push_str("Connection: close\r\n\r\n");
         client.write_all(answer.as_bytes())?;
         client.write_all(text.as_bytes())
+    }
+}
+
+/// A connection that is over at a certain time, however busy its client is until then.
+struct Hasty<'a> {
+    stream: &'a TcpStream,
+    until: Instant,
+}
+
+impl Hasty<'_> {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(Some(left)) }
+    }
+}
+
+impl Read for Hasty<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(self.left()?)?;
+        self.stream.read(buf)
+    }
+}
+
+impl Write for Hasty<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.write(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

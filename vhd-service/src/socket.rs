@@ -5,10 +5,11 @@ use std::io;
 use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use nix::sys::socket::{Shutdown, shutdown};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, UnixAddr, connect, shutdown, socket};
 use vhd_core::storage::{Host, LocalHost};
 use vhd_core::{Error, ErrorKind, Result};
 
@@ -21,13 +22,40 @@ const MAX_NAMES: u32 = 100;
 pub struct PrivateListener {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the name.
-    identity: (u64, u64),
+    own: OwnName,
 }
 
-fn identity_of(path: &Path) -> io::Result<(u64, u64)> {
-    let found = path.symlink_metadata()?;
-    Ok((found.dev(), found.ino()))
+/// The name of something that this process made, as long as it is that.
+#[derive(Clone, Copy, Debug)]
+pub struct OwnName(Option<(u64, u64)>);
+
+impl OwnName {
+    /// What is there now.
+    #[must_use]
+    pub fn of(path: &Path) -> Self {
+        Self(path.symlink_metadata().ok().map(|found| (found.dev(), found.ino())))
+    }
+
+    /// Removes it, unless someone put something else in its place.
+    pub fn remove(self, path: &Path) {
+        if self.0.is_some() && Self::of(path).0 == self.0 {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Whether someone listens on a socket. Does not wait, even where that one takes no clients.
+///
+/// # Errors
+/// As it can't be told: there is no such socket, or no right to it.
+pub fn is_served(path: &Path) -> io::Result<bool> {
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)?;
+    match connect(socket.as_raw_fd(), &UnixAddr::new(path)?) {
+        // More wait already than it has room for.
+        Ok(()) | Err(Errno::EAGAIN) => Ok(true),
+        Err(Errno::ECONNREFUSED) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 impl PrivateListener {
@@ -41,22 +69,18 @@ impl PrivateListener {
             if !found.file_type().is_socket() {
                 return Err(Error::new(ErrorKind::Exists, "exists already and is no socket; give another path").at(path));
             }
-            if UnixStream::connect(path).is_ok() {
+            if is_served(path).unwrap_or(false) {
                 return Err(Error::new(ErrorKind::Exists, "is served already; give another path").at(path));
             }
-            if identity_of(path).map_err(failed)? == (found.dev(), found.ino()) {
-                std::fs::remove_file(path).map_err(failed)?;
-            }
+            OwnName(Some((found.dev(), found.ino()))).remove(path);
         }
         let (listener, passing) = Self::bind_passing(path).map_err(failed)?;
-        let named = std::fs::set_permissions(&passing, Permissions::from_mode(0o600)).and_then(|()| identity_of(&passing));
-        let named = named.map_err(failed).and_then(|identity| {
-            // Whoever was quicker has the name.
-            LocalHost.rename_new(&passing, path)?;
-            Ok(identity)
-        });
-        let identity = named.inspect_err(|_| drop(std::fs::remove_file(&passing)))?;
-        Ok(Self { listener, path: path.to_owned(), identity })
+        let own = OwnName::of(&passing);
+        let named = std::fs::set_permissions(&passing, Permissions::from_mode(0o600)).map_err(failed);
+        // Whoever was quicker has the name.
+        let named = named.and_then(|()| LocalHost.rename_new(&passing, path));
+        named.inspect_err(|_| own.remove(&passing))?;
+        Ok(Self { listener, path: path.to_owned(), own })
     }
 
     fn bind_passing(path: &Path) -> io::Result<(UnixListener, PathBuf)> {
@@ -82,9 +106,7 @@ impl PrivateListener {
     /// Ends it: who waits for a client gets an error, and its name is gone.
     pub fn end(&self) {
         let _ = shutdown(self.listener.as_raw_fd(), Shutdown::Both);
-        if identity_of(&self.path).is_ok_and(|now| now == self.identity) {
-            let _ = std::fs::remove_file(&self.path);
-        }
+        self.own.remove(&self.path);
     }
 }
 

@@ -1,10 +1,12 @@
 //! The room that is left on the host's volumes.
 
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use nix::sys::statvfs::{FsFlags, statvfs};
 use vhd_core::{Error, Result};
 
 /// How often volumes are looked at. The call costs a few microseconds.
@@ -19,15 +21,20 @@ pub struct Space {
     pub total: u64,
 }
 
-/// The room of the volume that a path is on. The path itself need not exist, only its folder.
+/// The room of the volume that a path is on. The path itself need not exist, only its folder. `None` where there is no such
+/// thing: on a volume that is only read or has no size, and for a device, which takes none of the volume that its name is on.
 ///
 /// # Errors
 /// As the host fails.
-pub fn of(path: &Path) -> Result<Space> {
-    let found = nix::sys::statvfs::statvfs(path).or_else(|_| nix::sys::statvfs::statvfs(vhd_core::storage::folder_of(path)));
+pub fn of(path: &Path) -> Result<Option<Space>> {
+    let found = statvfs(path).or_else(|_| statvfs(vhd_core::storage::folder_of(path)));
     let found = found.map_err(|errno| Error::io(errno.into(), "its volume can't be examined").at(path))?;
+    let is_device = path.metadata().is_ok_and(|found| found.file_type().is_block_device());
+    if is_device || found.blocks() == 0 || found.flags().contains(FsFlags::ST_RDONLY) {
+        return Ok(None);
+    }
     let unit = found.fragment_size();
-    Ok(Space { free: found.blocks_available() * unit, total: found.blocks() * unit })
+    Ok(Some(Space { free: found.blocks_available() * unit, total: found.blocks() * unit }))
 }
 
 /// What became of a volume.
@@ -126,7 +133,7 @@ fn run(shared: &Shared, low: u64, mut tell: impl FnMut(&Path, Change, Space)) {
 }
 
 fn look(volume: &Volume, low: u64) -> Option<(PathBuf, Change, Space)> {
-    let space = of(&volume.path).ok()?;
+    let space = of(&volume.path).ok()??;
     let change = match volume.is_low {
         false if space.free < low => Change::Low,
         true if space.free >= low.saturating_add(low / 10) => Change::Back,
@@ -152,6 +159,18 @@ mod tests {
         assert_eq!(change, Change::Low);
         assert!(space.free <= space.total && space.total > 0);
         assert!(told.recv_timeout(INTERVAL * 3).is_err(), "told twice");
+    }
+
+    #[test]
+    fn where_nothing_can_be_full_nothing_is_left_either() {
+        // It has no size.
+        assert_eq!(of(Path::new("/proc/self/status")).unwrap(), None);
+        let folder = tempfile::tempdir().unwrap();
+        assert!(of(&folder.path().join("new")).unwrap().is_some());
+        let (tell, told) = mpsc::channel();
+        let watch = Watch::start(u64::MAX, move |_, change, _| tell.send(change).unwrap_or(())).unwrap();
+        watch.add(Path::new("/proc/self/status"));
+        assert!(told.recv_timeout(INTERVAL * 2).is_err());
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
 
 use vhd_core::block::ZeroMode;
 use vhd_core::chain::ChainOptions;
@@ -21,6 +22,27 @@ fn get(address: SocketAddr, request: &str) -> String {
     let mut answer = String::new();
     client.read_to_string(&mut answer).unwrap();
     answer
+}
+
+/// Who holds connections and asks nothing, or little by little, keeps nobody from an answer.
+#[test]
+fn idle_and_slow_clients_hold_up_no_scraper() {
+    let at = Metrics::default().serve(address("127.0.0.1:0").unwrap()).unwrap();
+    let began = Instant::now();
+    let mut idle: Vec<_> = (0..100).map(|_| TcpStream::connect(at).unwrap()).collect();
+    idle.iter_mut().for_each(|client| drop(client.write_all(b"GET /metr")));
+    for _ in 0..20 {
+        assert!(get(at, "GET /metrics HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 200 OK"));
+        idle.push(TcpStream::connect(at).unwrap());
+    }
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    // A byte now and then does not keep a place.
+    let mut slow = TcpStream::connect(at).unwrap();
+    let ended = (0..100).any(|_| {
+        std::thread::sleep(Duration::from_millis(50));
+        slow.write_all(b"x").is_err()
+    });
+    assert!(ended, "a request may take 5 s");
 }
 
 #[test]

@@ -23,7 +23,7 @@ use support::{PATIENCE, attached, definition, kvm, machine, make_disk};
 /// Fills a volume but for so many bytes.
 fn fill(volume: &Volume, but: u64) -> PathBuf {
     let file = volume.path().join("filling");
-    let free = vhd_service::space::of(volume.path()).unwrap().free;
+    let free = vhd_service::space::of(volume.path()).unwrap().unwrap().free;
     std::fs::write(&file, vec![1; (free - but) as usize]).unwrap();
     file
 }

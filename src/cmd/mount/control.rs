@@ -49,7 +49,9 @@ pub fn start(live: &LiveDisk, metrics: Metrics, target: &Path, read_only: bool, 
     let inbox = Mutex::new(events.subscribe());
     let image = live.leaf();
     let watch = watch(low_space, &events)?;
-    watch.add(&image);
+    if !read_only {
+        watch.add(&image);
+    }
     let (name, target) = (name_of(&image), target.to_owned());
     let told = Mutex::default();
     let admin = Admin { name, live: live.clone(), target, read_only, metrics, events, told, inbox, watch };

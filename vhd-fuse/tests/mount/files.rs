@@ -83,10 +83,68 @@ fn the_end_is_the_end() {
     file.set_len(end).unwrap();
     assert_eq!(os_error(file.set_len(end - 1)), libc::EPERM);
     assert_eq!(os_error(file.set_len(end + 1)), libc::EFBIG);
-    assert_eq!(os_error(OpenOptions::new().write(true).truncate(true).open(&fixture.file)), libc::EPERM);
+    assert_eq!(os_error(file.set_len(0)), libc::EPERM);
+    assert_eq!(nix::unistd::truncate(&fixture.file, 0), Err(Errno::EPERM));
     assert_eq!(fs::metadata(&fixture.file).unwrap().len(), end);
     drop(file);
     fixture.mounted.end().unwrap();
+}
+
+/// As a block device has it: whoever opens it to write it anew writes over what is there.
+#[test]
+fn an_open_that_truncates_cuts_nothing_off() {
+    let Some(fixture) = mount_size(SIZE) else { return };
+    let (old, new) = (pattern(SIZE, 1), pattern(1 << 20, 2));
+    let before = open(&fixture.file);
+    before.write_all_at(&old, 0).unwrap();
+    let copy = fixture.folder.path().with_extension("raw");
+    fs::write(&copy, &new).unwrap();
+    let shell = |line: &str| {
+        let run = Command::new("sh").args(["-ec", line]).arg("sh").arg(&copy).arg(&fixture.file).output().unwrap();
+        assert!(run.status.success(), "{line}: {}", String::from_utf8_lossy(&run.stderr));
+        let now = fs::read(&fixture.file).unwrap();
+        assert_eq!((now.len(), fs::metadata(&fixture.file).unwrap().len()), (SIZE, SIZE as u64), "{line}");
+        now
+    };
+    assert!(shell(": > \"$2\"") == old, "nothing was written");
+    for line in ["cat \"$1\" > \"$2\"", "cp \"$1\" \"$2\"", "dd if=\"$1\" of=\"$2\" bs=64k 2>&1"] {
+        before.write_all_at(&old, 0).unwrap();
+        let now = shell(line);
+        assert!(now[..1 << 20] == new && now[1 << 20..] == old[1 << 20..], "{line}");
+        let mut seen = vec![0; SIZE];
+        before.read_exact_at(&mut seen, 0).unwrap();
+        assert!(seen == now, "{line}: who had it open before sees something else");
+    }
+    fs::remove_file(&copy).unwrap();
+    drop(before);
+    fixture.mounted.end().unwrap();
+}
+
+/// Each text that is open is a descriptor of the server, which needs some for others.
+#[test]
+fn texts_that_are_left_open_take_no_descriptors_without_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = vhd_core::Disk::new(crate::support::Shared(Memory::new(SIZE)));
+    let produce = |out: &mut dyn std::io::Write| out.write_all(b"text").map_err(|error| vhd_core::Error::io(error, "is full"));
+    let contents = vhd_fuse::Contents::from(disk).with_document("text", produce);
+    let Ok(mounted) = vhd_fuse::mount(contents, folder.path(), &MountOptions::default()) else {
+        assert!(mount_size(SIZE).is_none(), "a mount with a text");
+        return;
+    };
+    let opened: Vec<_> = (0..200).map(|_| File::open(folder.path().join("text"))).collect();
+    let (open, refused): (Vec<_>, Vec<_>) = opened.into_iter().partition(Result::is_ok);
+    assert_eq!(open.len(), 32);
+    assert!(refused.into_iter().all(|refused| os_error(refused) == libc::ENFILE));
+    let mut text = String::new();
+    open.into_iter().last().unwrap().unwrap().read_to_string(&mut text).unwrap();
+    assert_eq!(text, "text");
+    // What was closed is given back, a little later.
+    let again = (0..500).any(|_| {
+        thread::sleep(std::time::Duration::from_millis(10));
+        File::open(folder.path().join("text")).is_ok()
+    });
+    assert!(again);
+    mounted.end().unwrap();
 }
 
 #[test]
@@ -134,7 +192,7 @@ os.preadv(d, [page], 69632)
 assert page[70001-69632:70008-69632] == b"written"
 m[4 << 20] = 7
 "#;
-    fs::write(fixture.folder.path().join("disk.raw"), b"").unwrap_err();
+    fs::write(fixture.folder.path().join("disk.raw"), b"").unwrap();
     open(&fixture.file).write_all_at(b"hello", 5000).unwrap();
     let status = Command::new("python3").arg("-c").arg(script).arg(&fixture.file).status().unwrap();
     assert!(status.success());

@@ -123,11 +123,12 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
+    use crate::limits::Live;
 
     fn place(threads: &Arc<Semaphore>) -> (Place, Arc<Socket>, UnixStream) {
         let (client, socket) = UnixStream::pair().unwrap();
         socket.set_nonblocking(true).unwrap();
-        let socket = Arc::new(Socket::new(socket.into()));
+        let socket = Arc::new(Socket::new(socket.into(), Live::default()));
         (Place::new(Some(Arc::clone(&socket)), threads), socket, client)
     }
 

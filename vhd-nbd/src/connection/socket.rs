@@ -19,6 +19,8 @@ use socket2::SockRef;
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::UnixStream;
 
+use crate::limits::Live;
+
 /// Milliseconds for which a thread waits for what comes; a client that is silent for longer needs none.
 const PATIENCE: u8 = 20;
 
@@ -27,6 +29,7 @@ const PATIENCE: u8 = 20;
 pub struct Socket {
     /// It never waits.
     fd: OwnedFd,
+    _live: Live,
     in_system: AtomicBool,
     had_to_wait: AtomicBool,
 }
@@ -39,8 +42,8 @@ impl AsFd for Socket {
 
 impl Socket {
     /// A socket whose calls do not wait.
-    pub fn new(fd: OwnedFd) -> Self {
-        Self { fd, in_system: AtomicBool::new(false), had_to_wait: AtomicBool::new(false) }
+    pub fn new(fd: OwnedFd, live: Live) -> Self {
+        Self { fd, _live: live, in_system: AtomicBool::new(false), had_to_wait: AtomicBool::new(false) }
     }
 
     /// Who reads is a thread of its own, or is not any more.

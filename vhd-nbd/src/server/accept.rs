@@ -13,6 +13,7 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, Stdin, Stdout};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use vhd_core::{Error, ErrorKind, Result};
+use vhd_service::socket::{OwnName, is_served};
 
 use super::Server;
 use super::negotiate::Incoming;
@@ -40,7 +41,12 @@ pub enum Listen {
 
 /// A socket that clients come to.
 pub(super) enum Listener {
-    Unix { socket: UnixListener, path: PathBuf, owned: bool },
+    /// With its name, where that is to be removed at the end.
+    Unix {
+        socket: UnixListener,
+        path: PathBuf,
+        own: Option<OwnName>,
+    },
     Tcp(TcpListener),
     Stdio,
 }
@@ -50,7 +56,7 @@ impl Listener {
         match listen {
             Listen::Unix(path) => {
                 let socket = bind_unix(path).map_err(|error| Error::io(error, "can't be listened on").at(path))?;
-                Ok(Self::Unix { socket, path: path.clone(), owned: true })
+                Ok(Self::Unix { socket, path: path.clone(), own: Some(OwnName::of(path)) })
             }
             Listen::Tcp(address) => {
                 let bound = TcpListener::bind(address).await;
@@ -106,8 +112,8 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Self::Unix { path, owned: true, .. } = self {
-            let _ = std::fs::remove_file(path);
+        if let Self::Unix { path, own: Some(own), .. } = self {
+            own.remove(path);
         }
     }
 }
@@ -118,8 +124,8 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
         if !found.file_type().is_socket() {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, "exists already and is no socket"));
         }
-        match std::os::unix::net::UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
+        match is_served(path) {
+            Ok(false) => std::fs::remove_file(path)?,
             _ => return Err(io::Error::new(io::ErrorKind::AddrInUse, "someone listens there already")),
         }
     }
@@ -136,7 +142,7 @@ fn activated() -> Result<Listener> {
     if let Ok(Some(socket)) = passed.take_unix_listener(0) {
         socket.set_nonblocking(true).map_err(wrong)?;
         let path = socket.local_addr().ok().and_then(|address| address.as_pathname().map(Path::to_owned)).unwrap_or_default();
-        return Ok(Listener::Unix { socket: UnixListener::from_std(socket).map_err(wrong)?, path, owned: false });
+        return Ok(Listener::Unix { socket: UnixListener::from_std(socket).map_err(wrong)?, path, own: None });
     }
     let socket = ListenFd::from_env().take_tcp_listener(0).map_err(wrong)?;
     let socket = socket.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "no socket was passed on"))?;

@@ -9,13 +9,15 @@ pub use admin::Admin;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, Semaphore};
 use tokio_rustls::TlsAcceptor;
-use vhd_core::{Error, Result};
+use vhd_core::{Error, ErrorKind, Result};
+use vhd_service::{descriptors, log};
 
 use self::accept::Listener;
 use crate::buffers::Pool;
@@ -24,9 +26,18 @@ use crate::connection::Shared;
 use crate::export::Table;
 use crate::handshake::TlsPolicy;
 use crate::limits::{Budget, Limits};
+use crate::pipes;
 
+/// Descriptors of a connection: its socket, and the same again for who waits until it can be read, or written.
+const OF_A_CONNECTION: usize = 3;
+/// Connections that made room for others and have not ended yet, at most.
+const LEAVING: usize = 8;
+/// Descriptors of the running server itself: the runtime's, the socket that is listened on, one more that is taken from it.
+const RUNNING: usize = 12;
 /// Threads that wait for disks at most: those of a few that hang, and some more.
 const DISK_THREADS: usize = 512;
+/// Signals that come within this time of the one that ends the server are of the same cause.
+const ONE_CAUSE: Duration = Duration::from_secs(1);
 /// How often clients are looked at.
 const SWEEP: Duration = Duration::from_millis(500);
 /// How long a disk may take to finish what was begun, when the server ends.
@@ -58,6 +69,10 @@ pub struct Server {
     clients: Clients,
     shared: Shared,
     options: ServerOptions,
+    /// How many connections there may be: [`Server::fit`].
+    most: AtomicUsize,
+    /// How many there are, with those that make room and have not ended.
+    live: Arc<AtomicUsize>,
     stop: Notify,
     /// A client is gone.
     left: Notify,
@@ -70,7 +85,35 @@ impl Server {
         let budget = Arc::new(Budget::new(options.limits.total_bytes));
         let threads = Arc::new(Semaphore::new(cores()));
         let shared = Shared { limits: options.limits.clone(), budget, pool: Arc::<Pool>::default(), threads };
-        Arc::new(Self { table, clients: Clients::default(), shared, options, stop: Notify::new(), left: Notify::new() })
+        let (most, live) = (AtomicUsize::new(options.limits.connections), Arc::default());
+        let (stop, left) = (Notify::new(), Notify::new());
+        Arc::new(Self { table, clients: Clients::default(), shared, options, most, live, stop, left })
+    }
+
+    /// Fits the number of connections to the descriptors that this process may still have, `kept` of which are for others: so
+    /// that clients can't take those. To be called when the images are open, before it runs. Returns how many connections there
+    /// may be.
+    ///
+    /// # Errors
+    /// `InvalidInput` when there is no place for one, or not for those that the user `asked` for.
+    pub fn fit(&self, asked: Option<usize>, kept: usize) -> Result<usize> {
+        let (limit, left) = (descriptors::limit(), descriptors::left());
+        let room = left.saturating_sub(kept + RUNNING + LEAVING * OF_A_CONNECTION);
+        let pipes = (room / 16).min(pipes::MOST);
+        let most = (room - 2 * pipes) / OF_A_CONNECTION;
+        let wanted = asked.unwrap_or(self.options.limits.connections);
+        if most == 0 || asked.is_some_and(|asked| asked > most) {
+            let message = format!(
+                "{wanted} connections need {} open files, and this process may have {limit}, of which {} are left for connections: raise \
+                 the limit (ulimit -n, LimitNOFILE=), or let in fewer with --max-connections",
+                wanted * OF_A_CONNECTION,
+                most * OF_A_CONNECTION
+            );
+            return Err(Error::new(ErrorKind::InvalidInput, message));
+        }
+        self.shared.pool.limit_pipes(pipes);
+        self.most.store(wanted.min(most), Ordering::Relaxed);
+        Ok(wanted.min(most))
     }
 
     /// The exports.
@@ -104,7 +147,6 @@ impl Server {
     /// # Errors
     /// As the address can't be listened on; as `ready` fails; as an image can't be closed, which means that data may be lost.
     pub fn run(self: &Arc<Self>, listen: &Listen, ready: impl FnOnce(&str) -> Result<()>) -> Result<()> {
-        raise_descriptor_limit();
         let runtime = runtime().map_err(|error| Error::io(error, "the server can't be started"))?;
         let served = runtime.block_on(self.serve(listen, ready));
         let closed = self.close();
@@ -118,7 +160,13 @@ impl Server {
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;
-        let listener = Listener::bind(listen).await?;
+        // A name may have to be looked up first.
+        let listener = tokio::select! {
+            bound = Listener::bind(listen) => bound?,
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = hang_up.recv() => return Ok(()),
+        };
         ready(&listener.uri(self.tls_policy() == TlsPolicy::Required))?;
         let sweeping = tokio::spawn(Arc::clone(self).sweep());
         tokio::select! {
@@ -130,6 +178,7 @@ impl Server {
             () = listener.accept(self) => {}
         }
         drop(listener);
+        tokio::spawn(end_at_once());
         self.end_clients().await;
         sweeping.abort();
         Ok(())
@@ -178,6 +227,22 @@ impl Server {
     }
 }
 
+/// Whoever can't wait for clients, or for a host that hangs, says so once more: that ends the process. What was flushed is safe.
+async fn end_at_once() {
+    // Several signals of one cause are one.
+    tokio::time::sleep(ONE_CAUSE).await;
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return;
+    };
+    let status = tokio::select! {
+        _ = terminate.recv() => 128 + SignalKind::terminate().as_raw_value(),
+        _ = interrupt.recv() => 128 + SignalKind::interrupt().as_raw_value(),
+    };
+    log::say("vhd: ended by a second signal, before all was done: what was not flushed may be lost");
+    log::flush();
+    std::process::exit(status);
+}
+
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from).max(2)
 }
@@ -188,13 +253,4 @@ fn runtime() -> io::Result<Runtime> {
     builder.event_interval(8);
     builder.worker_threads(cores()).max_blocking_threads(DISK_THREADS).thread_name("vhd-nbd").enable_all();
     builder.build()
-}
-
-/// A connection is a descriptor: what the user may have, the server may use.
-fn raise_descriptor_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        tracing::debug!("the number of open files is limited: {error}");
-    }
 }

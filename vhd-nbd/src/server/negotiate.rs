@@ -7,10 +7,11 @@ use std::sync::atomic::Ordering;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
-use super::{Server, accept::Pipes};
+use super::{LEAVING, Server, accept::Pipes};
 use crate::client::{Client, Phase};
 use crate::connection::{self, Reader, Socket};
 use crate::handshake::{Handshake, Session, Step};
+use crate::limits::Live;
 use crate::peer::Peer;
 
 /// Bytes that are read at once in a handshake.
@@ -33,11 +34,13 @@ enum Agreed {
 impl Server {
     /// Serves a client in a task of its own.
     pub(super) fn spawn(self: &Arc<Self>, stream: Incoming, peer: Peer, from: String) -> Option<tokio::task::JoinHandle<()>> {
-        let client = self.clients.add(peer, from, self.options.limits.connections)?;
+        let most = self.most.load(Ordering::Relaxed);
+        let live = Live::one_more(&self.live, most + LEAVING)?;
+        let client = self.clients.add(peer, from, most)?;
         let server = Arc::clone(self);
         Some(tokio::spawn(async move {
             let ended = tokio::select! {
-                ended = server.client(&client, stream) => ended,
+                ended = server.client(&client, stream, live) => ended,
                 () = client.given_up() => Ok(()),
             };
             match ended {
@@ -51,7 +54,7 @@ impl Server {
         }))
     }
 
-    async fn client(&self, client: &Arc<Client>, mut stream: Incoming) -> io::Result<()> {
+    async fn client(&self, client: &Arc<Client>, mut stream: Incoming, live: Live) -> io::Result<()> {
         let mut handshake = None;
         let mut ahead = Vec::new();
         let agreed = match &mut stream {
@@ -60,7 +63,7 @@ impl Server {
             Incoming::Pipes(pipes) => self.negotiate(client, pipes, &mut handshake, &mut ahead).await?,
         };
         match (agreed, handshake) {
-            (Agreed::Session(session), _) => self.plain(client, *session, stream, &ahead).await,
+            (Agreed::Session(session), _) => self.plain(client, *session, stream, &ahead, live).await,
             (Agreed::StartTls, Some(handshake)) => match stream {
                 Incoming::Tcp(stream) => self.encrypted(client, handshake, stream).await,
                 Incoming::Unix(stream) => self.encrypted(client, handshake, stream).await,
@@ -139,10 +142,10 @@ impl Server {
         self.transmit(client, *session, true, (reader, &ahead), (None, Some(writer))).await
     }
 
-    async fn plain(&self, client: &Arc<Client>, session: Session, stream: Incoming, ahead: &[u8]) -> io::Result<()> {
+    async fn plain(&self, client: &Arc<Client>, session: Session, stream: Incoming, ahead: &[u8], live: Live) -> io::Result<()> {
         let socket = match stream {
-            Incoming::Tcp(stream) => Socket::new(stream.into_std()?.into()),
-            Incoming::Unix(stream) => Socket::new(stream.into_std()?.into()),
+            Incoming::Tcp(stream) => Socket::new(stream.into_std()?.into(), live),
+            Incoming::Unix(stream) => Socket::new(stream.into_std()?.into(), live),
             Incoming::Pipes(pipes) => {
                 let (reader, writer) = pipes.into_split();
                 return self.transmit(client, session, false, (reader, ahead), (None, Some(writer))).await;

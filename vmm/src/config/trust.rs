@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use ring::digest::{SHA256, digest};
-use vhd_core::storage::{Beneath, LocalHost, open_beneath, put_file, read_beside, resolve};
+use vhd_core::storage::{Access, Beneath, LocalHost, open_beneath, put_file, read_beside, resolve};
 use vhd_core::{Error, ErrorKind};
 use vhd_service::runtime;
 
@@ -208,7 +208,7 @@ impl ConfigFile {
         let folder = runtime::state_folder()?.join(FOLDER);
         std::fs::create_dir_all(&folder).map_err(|error| Error::io(error, "can't be made for what is registered").at(&folder))?;
         let path = resolve(&self.path);
-        put_file(&LocalHost, &folder.join(entry_name(&path)), &self.entry(&path))
+        put_file(&LocalHost, &folder.join(entry_name(&path)), &self.entry(&path), &Access::Owner)
     }
 
     /// As `sha256sum` has it.

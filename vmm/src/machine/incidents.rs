@@ -110,7 +110,7 @@ impl Shared {
 
     fn free(&self, disk: usize) -> Option<u64> {
         let leaf = self.definition.disks.get(disk)?.live.leaf();
-        Some(space::of(Path::new(&leaf)).ok()?.free)
+        Some(space::of(Path::new(&leaf)).ok()??.free)
     }
 
     /// Goes on once there is room again where there was none.
