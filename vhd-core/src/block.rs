@@ -10,6 +10,7 @@ use std::sync::Arc;
 pub use crate::image::ZeroMode;
 
 use crate::error::Result;
+use crate::storage::Room;
 
 /// What a run of a disk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -166,6 +167,11 @@ pub trait BlockDevice: Send + Sync {
 
     /// The file that a layer is in; 0 is the leaf.
     fn layer_path(&self, depth: usize) -> Option<PathBuf>;
+
+    /// What the leaf's file takes of its volume, and what is left there; `None` where that can't be told, or not at once.
+    fn room(&self) -> Option<Room> {
+        None
+    }
 
     /// Flushes and gives back what the host lent. The disk may be used afterwards.
     ///
