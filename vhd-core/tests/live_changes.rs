@@ -229,7 +229,10 @@ fn after(case: &Case, path: &Path, failed: bool, for_ever: bool, what: &dyn fmt:
     let opened = Disk::open(path, &own);
     if let Err(error) = &opened {
         let message = error.to_string();
-        assert!(failed && for_ever && error.kind() == ErrorKind::Refused && message.contains("vhd resize"), "{what:?}: {message}");
+        assert!(
+            failed && for_ever && error.kind() == ErrorKind::Refused && message.contains("vhd resize"),
+            "{what:?}: {message}"
+        );
         finish(path, 2 * SIZE);
     }
     drop(opened);

@@ -9,6 +9,7 @@ use tokio::sync::Semaphore;
 use vhd_core::block::{BlockDevice, ZeroMode};
 use vhd_core::chain::{Chain, ChainOptions, ChildOptions};
 use vhd_core::image::Created;
+use vhd_core::storage::FileStorage;
 use vhd_core::{Disk, Error, ErrorKind, LiveDisk, Result};
 use vhd_service::metrics::Metrics;
 
@@ -129,13 +130,27 @@ impl Export {
         Ok(created)
     }
 
-    /// Opens the disk's files again after `work` on them; new clients see the size that it has then.
+    /// Looks at the disk's files again, and makes it so large first where that is asked for; new clients see the size that it
+    /// has then.
     ///
     /// # Errors
-    /// As [`LiveDisk::reopen_after`].
-    pub fn refresh(&self, work: impl FnOnce(&Path, &ChainOptions) -> Result<()>) -> Result<()> {
-        self.live.reopen_after(work)?;
-        self.describe_again()
+    /// As [`LiveDisk::grow`] and [`LiveDisk::refresh`].
+    pub fn refresh(&self, size: Option<u64>) -> Result<()> {
+        let refreshed = size.map_or(Ok(()), |size| self.live.grow(size)).and_then(|()| self.live.refresh());
+        // Of what failed, a part may be done.
+        refreshed.and(self.describe_again())
+    }
+
+    /// Refuses an image that both serve, where one of them writes it.
+    fn refuse_shared(&self, other: &Self) -> Result<()> {
+        let (own, others) = (self.live.identities()?, other.live.identities()?);
+        let writes = |export: &Self, leaf: Option<&(u64, u64)>, of: &[(u64, u64)]| {
+            !export.read_only && leaf.is_some_and(|leaf| of.contains(leaf))
+        };
+        if writes(self, own.first(), &others) || writes(other, others.first(), &own) {
+            return Err(served_already(&self.leaf(), other));
+        }
+        Ok(())
     }
 
     fn describe_again(&self) -> Result<()> {
@@ -195,6 +210,11 @@ impl Export {
     pub fn status(&self, range: Range<u64>, contexts: &[&Context], one_extent: bool) -> Result<Vec<Runs>> {
         self.live.with_chain(|chain| status(chain, range, contexts, if one_extent { 1 } else { MAX_EXTENTS }))
     }
+}
+
+fn served_already(image: &Path, by: &Export) -> Error {
+    let message = format!("is an image of the export {:?} already, and is not written by one while another has it", by.name);
+    Error::new(ErrorKind::Locked, message).at(image)
 }
 
 fn mode_of(keep: bool) -> ZeroMode {
@@ -323,8 +343,17 @@ impl Table {
                 format!("would be an export of the name {:?} like {}; name one of them", export.name, other.leaf().display());
             return Err(Error::new(ErrorKind::Exists, message).at(&export.leaf()));
         }
+        exports.iter().try_for_each(|other| export.refuse_shared(other))?;
         exports.push(export);
         Ok(())
+    }
+
+    /// Says which export it is that has an image open, for who may not have it.
+    pub(crate) fn explain(&self, image: &Path, error: Error) -> Error {
+        let found = FileStorage::identity_at(image).filter(|_| error.kind() == ErrorKind::Locked);
+        let has =
+            |export: &Arc<Export>| found.is_some_and(|found| export.live.identities().is_ok_and(|own| own.contains(&found)));
+        self.all().iter().find(|export| has(export)).map_or(error, |export| served_already(image, export))
     }
 
     /// Takes one out.

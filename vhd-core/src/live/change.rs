@@ -111,7 +111,10 @@ impl Open {
         };
         let (from, to) = (leaf.size(), resize::whole_size(size)?);
         if to < from {
-            fail!(Refused, "has {from} bytes, more than {to}: a disk in use is only made larger, as clients rely on what they found");
+            fail!(
+                Refused,
+                "has {from} bytes, more than {to}: a disk in use is only made larger, as clients rely on what they found"
+            );
         }
         resize::refuse_larger_parent(from, to, chain.layers().get(1).map(Layer::size))?;
         if to == from {
