@@ -35,7 +35,11 @@ pub struct FaultHost {
 }
 
 #[derive(Clone, Default)]
-struct Before(Option<Arc<dyn Fn() + Send + Sync>>);
+struct Before {
+    call: Option<Arc<dyn Fn() + Send + Sync>>,
+    /// Before reads, too.
+    reads: bool,
+}
 
 impl std::fmt::Debug for Before {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -44,9 +48,15 @@ impl std::fmt::Debug for Before {
 }
 
 impl Before {
-    fn call(&self) {
-        if let Some(before) = &self.0 {
-            before();
+    fn change(&self) {
+        if let Some(call) = &self.call {
+            call();
+        }
+    }
+
+    fn read(&self) {
+        if self.reads {
+            self.change();
         }
     }
 }
@@ -64,7 +74,13 @@ impl FaultHost {
     /// host.)
     #[must_use]
     pub fn calling(self, before: impl Fn() + Send + Sync + 'static) -> Self {
-        Self { before: Before(Some(Arc::new(before))), ..self }
+        Self { before: Before { call: Some(Arc::new(before)), reads: true }, ..self }
+    }
+
+    /// As [`FaultHost::calling`], but before changes alone, and before files that are to be changed are taken.
+    #[must_use]
+    pub fn calling_at_changes(self, before: impl Fn() + Send + Sync + 'static) -> Self {
+        Self { before: Before { call: Some(Arc::new(before)), reads: false }, ..self }
     }
 
     /// Sync number `at` of a file fails, counted from 1, and what was written to that file since it was last synced is gone:
@@ -97,7 +113,7 @@ impl FaultHost {
     }
 
     fn count(&self) -> io::Result<()> {
-        self.before.call();
+        self.before.change();
         let number = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
         let fails = number == self.at || (self.for_ever && number > self.at);
         if fails { Err(io::Error::from_raw_os_error(self.code)) } else { Ok(()) }
@@ -118,7 +134,7 @@ impl FaultHost {
 
 impl Host for FaultHost {
     fn adopt(&self, file: Arc<FileStorage>) -> Arc<dyn Storage> {
-        self.before.call();
+        self.before.change();
         self.over(file)
     }
 
@@ -166,7 +182,7 @@ fn content(file: &dyn Storage) -> Vec<u8> {
 
 impl Storage for FaultFile {
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<()> {
-        self.host.before.call();
+        self.host.before.read();
         self.file.read_vectored_at(bufs, offset)
     }
 

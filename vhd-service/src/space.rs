@@ -114,14 +114,16 @@ fn run(shared: &Shared, low: u64, mut tell: impl FnMut(&Path, Change, Room)) {
         while let Some((disk, is_low)) = state.disks.get(next).map(|watched| (watched.disk.clone(), watched.is_low)) {
             drop(state);
             let change = look(&disk, is_low, low);
-            if let Some((path, change, room)) = &change {
-                tell(path, *change, *room);
-            }
             state = shared.lock();
-            if let (Some((_, change, _)), Some(watched)) = (change, state.disks.iter_mut().find(|watched| watched.is(&disk))) {
-                watched.is_low = change == Change::Low;
-            }
             next += 1;
+            if let (Some((path, change, room)), Some(watched)) =
+                (change, state.disks.iter_mut().find(|watched| watched.is(&disk)))
+            {
+                watched.is_low = change == Change::Low;
+                drop(state);
+                tell(&path, change, room);
+                state = shared.lock();
+            }
         }
         let nothing_new = |state: &mut State| !state.stop && state.disks.len() == count;
         state = shared.changed.wait_timeout_while(state, INTERVAL, nothing_new).unwrap_or_else(PoisonError::into_inner).0;
