@@ -130,13 +130,13 @@ impl Export {
         Ok(created)
     }
 
-    /// Looks at the disk's files again, and makes it so large first where that is asked for; new clients see the size that it
+    /// Looks at the disk's files again, and then makes it so large where that is asked for; new clients see the size that it
     /// has then.
     ///
     /// # Errors
-    /// As [`LiveDisk::grow`] and [`LiveDisk::refresh`].
+    /// As [`LiveDisk::refresh`] and [`LiveDisk::grow`].
     pub fn refresh(&self, size: Option<u64>) -> Result<()> {
-        let refreshed = size.map_or(Ok(()), |size| self.live.grow(size)).and_then(|()| self.live.refresh());
+        let refreshed = self.live.refresh().and_then(|()| size.map_or(Ok(()), |size| self.live.grow(size)));
         // Of what failed, a part may be done.
         refreshed.and(self.describe_again())
     }
@@ -315,19 +315,23 @@ fn status(chain: &Chain, range: Range<u64>, contexts: &[&Context], most: usize) 
 
 /// The exports of a server, in order; the first is the default. A cheap clone.
 #[derive(Clone, Debug, Default)]
-pub struct Table(Arc<RwLock<Vec<Arc<Export>>>>);
+pub struct Table {
+    exports: Arc<RwLock<Vec<Arc<Export>>>>,
+    /// Held by who adds one, so that two of one image are not added at once. Those who look for one don't wait for that.
+    adding: Arc<Mutex<()>>,
+}
 
 impl Table {
     /// All.
     #[must_use]
     pub fn all(&self) -> Vec<Arc<Export>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.exports.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// One by its name; the empty name is the first.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<Arc<Export>> {
-        let exports = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let exports = self.exports.read().unwrap_or_else(PoisonError::into_inner);
         let named = exports.iter().find(|export| export.name == name);
         named.or(exports.first().filter(|_| name.is_empty())).cloned()
     }
@@ -335,31 +339,33 @@ impl Table {
     /// One more.
     ///
     /// # Errors
-    /// `Exists` when there is one of this name.
+    /// `Exists` when there is one of this name; `Locked` when there is one of an image that only one may have.
     pub fn add(&self, export: Arc<Export>) -> Result<()> {
-        let mut exports = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(other) = exports.iter().find(|other| other.name == export.name) {
+        let _adding = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        let others = self.all();
+        if let Some(other) = others.iter().find(|other| other.name == export.name) {
             let message =
                 format!("would be an export of the name {:?} like {}; name one of them", export.name, other.leaf().display());
             return Err(Error::new(ErrorKind::Exists, message).at(&export.leaf()));
         }
-        exports.iter().try_for_each(|other| export.refuse_shared(other))?;
-        exports.push(export);
+        others.iter().try_for_each(|other| export.refuse_shared(other))?;
+        self.exports.write().unwrap_or_else(PoisonError::into_inner).push(export);
         Ok(())
     }
 
     /// Says which export it is that has an image open, for who may not have it.
     pub(crate) fn explain(&self, image: &Path, error: Error) -> Error {
-        let found = FileStorage::identity_at(image).filter(|_| error.kind() == ErrorKind::Locked);
+        let path = error.path().unwrap_or(image).to_owned();
+        let found = FileStorage::identity_at(&path).filter(|_| error.kind() == ErrorKind::Locked);
         let has =
             |export: &Arc<Export>| found.is_some_and(|found| export.live.identities().is_ok_and(|own| own.contains(&found)));
-        self.all().iter().find(|export| has(export)).map_or(error, |export| served_already(image, export))
+        self.all().iter().find(|export| has(export)).map_or(error, |export| served_already(&path, export))
     }
 
     /// Takes one out.
     #[must_use]
     pub fn remove(&self, name: &str) -> Option<Arc<Export>> {
-        let mut exports = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut exports = self.exports.write().unwrap_or_else(PoisonError::into_inner);
         let at = exports.iter().position(|export| export.name == name)?;
         Some(exports.remove(at))
     }

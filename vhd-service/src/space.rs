@@ -191,7 +191,7 @@ mod tests {
         assert_eq!(told.recv_timeout(Duration::from_secs(20)).unwrap(), leaf);
         watch.remove(&live.disk());
         drop(live);
-        std::thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(20));
         assert!(LiveDisk::open(&leaf, &ChainOptions::default()).is_ok(), "it is kept open");
     }
 

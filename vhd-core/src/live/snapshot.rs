@@ -147,7 +147,7 @@ impl Prepared {
         }
         let storage = open.options.host.adopt(Arc::clone(&file));
         let leaf = Image::open(storage, &new.path, &open.options.image)?;
-        let parent = Arc::new(open.file.reopen_shared().map_err(|error| error.about(name))?);
+        let parent = Arc::new(open.file.reopen_shared(name)?);
         let parent = Layer::Image(Image::open(parent, name, &look)?);
         Ok(Self { created, leaf, file, parent })
     }

@@ -59,23 +59,28 @@ impl FileStorage {
         })
     }
 
-    /// Opens this file again, for reading only, and places a reader's locks. They go together with a writer's of this one, as
-    /// it is: nobody else gets to write to the file when this one is closed.
+    /// Opens this file again, which `name` leads to, for reading only, and places a reader's locks. They go together with a
+    /// writer's of this one, as it is: nobody else gets to write to the file when this one is closed.
     ///
     /// # Errors
-    /// As the host fails.
-    pub(crate) fn reopen_shared(&self) -> Result<Self> {
+    /// `NotFound` when it is another file; as the host fails.
+    pub(crate) fn reopen_shared(&self, name: &Path) -> Result<Self> {
         // Only the owner may ask for it, who has done so already.
         let flags = fcntl_getfl(&self.file).map_or(OFlags::empty(), |flags| flags & OFlags::NOATIME);
         let flags = OFlag::O_NONBLOCK.bits() | flags.bits().cast_signed();
-        let file = OpenOptions::new().read(true).custom_flags(flags).open(self.place());
-        let file = file.map_err(|error| Error::io(error, "can't be opened for reading").at(&self.path))?;
-        let mut again = Self::from_file(file, &self.path)?;
+        let open = |path: &Path| OpenOptions::new().read(true).custom_flags(flags).open(path);
+        // Where there is no /proc, the name will do if it leads here.
+        let file =
+            open(&self.place()).or_else(|error| if error.kind() == io::ErrorKind::NotFound { open(name) } else { Err(error) });
+        let mut again = Self::from_file(file.map_err(|error| Error::io(error, "can't be opened for reading").at(name))?, name)?;
+        if again.identity()? != self.identity()? {
+            return Err(Error::new(ErrorKind::NotFound, "is another file now than the one in use").at(name));
+        }
         if self.direct.is_some() {
             again = again.with_direct_io(false);
         }
         again.locked.store(true, Ordering::Relaxed);
-        lock::place(&again.file, LockMode::Read).map_err(|error| error.at(&self.path))?;
+        lock::place(&again.file, LockMode::Read).map_err(|error| error.at(name))?;
         Ok(again)
     }
 
@@ -137,7 +142,7 @@ mod tests {
         file.lock(LockMode::Write).unwrap();
         std::fs::rename(&name, &moved).unwrap();
         let other = |mode| FileStorage::open(&moved, mode == LockMode::Write).unwrap().lock(mode);
-        let again = file.reopen_shared().unwrap();
+        let again = file.reopen_shared(&moved).unwrap();
         assert_eq!(again.identity().unwrap(), file.identity().unwrap());
         assert!(other(LockMode::Read).is_err() && other(LockMode::Write).is_err());
         file.share();
