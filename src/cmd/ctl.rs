@@ -55,7 +55,7 @@ enum CtlCommand {
         /// The new image
         path: PathBuf,
     },
-    /// Open a disk's files again, to see its size; clients that connect from then on have it
+    /// Look at a disk's files again, for its size and their names; clients that connect from then on have it
     Refresh {
         /// The disk's name
         name: String,

@@ -30,6 +30,35 @@ pub struct FaultHost {
     durable: Arc<Mutex<Durable>>,
     /// File offset of the write that failed last.
     failed_at: Arc<Mutex<Option<u64>>>,
+    /// Called before each call, reads and those that fail among them.
+    before: Before,
+}
+
+#[derive(Clone, Default)]
+struct Before {
+    call: Option<Arc<dyn Fn() + Send + Sync>>,
+    /// Before reads, too.
+    reads: bool,
+}
+
+impl std::fmt::Debug for Before {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Before")
+    }
+}
+
+impl Before {
+    fn change(&self) {
+        if let Some(call) = &self.call {
+            call();
+        }
+    }
+
+    fn read(&self) {
+        if self.reads {
+            self.change();
+        }
+    }
 }
 
 impl FaultHost {
@@ -37,7 +66,21 @@ impl FaultHost {
     #[must_use]
     pub fn new(at: usize, for_ever: bool, no_space: bool) -> Self {
         let code = if no_space { ENOSPC } else { EIO };
-        Self { at, for_ever, code, calls: Arc::default(), loses: false, durable: Arc::default(), failed_at: Arc::default() }
+        let (calls, durable, failed_at) = Default::default();
+        Self { at, for_ever, code, calls, loses: false, durable, failed_at, before: Before::default() }
+    }
+
+    /// The same, which calls `before` whenever it is asked for something: what others do at that moment. (It must ask another
+    /// host.)
+    #[must_use]
+    pub fn calling(self, before: impl Fn() + Send + Sync + 'static) -> Self {
+        Self { before: Before { call: Some(Arc::new(before)), reads: true }, ..self }
+    }
+
+    /// As [`FaultHost::calling`], but before changes alone, and before files that are to be changed are taken.
+    #[must_use]
+    pub fn calling_at_changes(self, before: impl Fn() + Send + Sync + 'static) -> Self {
+        Self { before: Before { call: Some(Arc::new(before)), reads: false }, ..self }
     }
 
     /// Sync number `at` of a file fails, counted from 1, and what was written to that file since it was last synced is gone:
@@ -70,6 +113,7 @@ impl FaultHost {
     }
 
     fn count(&self) -> io::Result<()> {
+        self.before.change();
         let number = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
         let fails = number == self.at || (self.for_ever && number > self.at);
         if fails { Err(io::Error::from_raw_os_error(self.code)) } else { Ok(()) }
@@ -90,6 +134,7 @@ impl FaultHost {
 
 impl Host for FaultHost {
     fn adopt(&self, file: Arc<FileStorage>) -> Arc<dyn Storage> {
+        self.before.change();
         self.over(file)
     }
 
@@ -137,6 +182,7 @@ fn content(file: &dyn Storage) -> Vec<u8> {
 
 impl Storage for FaultFile {
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<()> {
+        self.host.before.read();
         self.file.read_vectored_at(bufs, offset)
     }
 
@@ -202,5 +248,9 @@ impl Storage for FaultFile {
 
     fn allocated(&self) -> io::Result<u64> {
         self.file.allocated()
+    }
+
+    fn as_file(&self) -> Option<&FileStorage> {
+        Some(&self.file)
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use vhd_core::storage::{MemoryStorage, Storage};
+use vhd_core::storage::{FileStorage, MemoryStorage, Storage};
 
 /// Bytes that the medium writes whole or not at all.
 pub const SECTOR: u64 = 512;
@@ -308,6 +308,10 @@ impl Storage for RecordingStorage {
 
     fn allocated(&self) -> io::Result<u64> {
         self.live.allocated()
+    }
+
+    fn as_file(&self) -> Option<&FileStorage> {
+        self.live.as_file()
     }
 }
 

@@ -227,6 +227,107 @@ fn an_image_that_is_served_read_only_is_opened_again_but_never_resized() {
 }
 
 #[test]
+fn a_refresh_takes_no_other_image_and_keeps_lock_and_file() {
+    let folder = folder_with_disk("8M");
+    let path = |name: &str| folder.path().join(name);
+    done(folder.path(), "create other.vhd --size 8M");
+    let other = fs::read(path("other.vhd")).unwrap();
+    let server = Server::start(folder.path(), "disk.vhd");
+    let mut client = Wire::open(&server.socket(), "", Style::Simple);
+    assert_eq!(client.write_error(0, 0, &[7; 4096]), 0);
+    fs::rename(path("disk.vhd"), path("moved.vhd")).unwrap();
+    fs::rename(path("other.vhd"), path("disk.vhd")).unwrap();
+    for command in ["refresh disk", "refresh disk --size 32M", "snapshot disk new.vhd"] {
+        let said = refused(folder.path(), &format!("ctl ./c {command}"));
+        assert!(said.contains("disk.vhd: is the name of another file now") && said.contains("moved.vhd"), "{command}: {said}");
+        assert_eq!((client.read(0, 0, 4096), client.write_error(0, 4096, &[8; 4096])), (vec![7; 4096], 0), "{command}");
+        for line in ["read moved.vhd --offset 0 --length 512", "compact moved.vhd"] {
+            let said = refused(folder.path(), line);
+            assert!(said.contains("elsewhere"), "{command}: it is not locked any more: {said}");
+        }
+    }
+    assert!(fs::read(path("disk.vhd")).unwrap() == other, "the other image was touched");
+    // Where nothing else has its name, it goes on under the new one.
+    fs::rename(path("disk.vhd"), path("other.vhd")).unwrap();
+    let shown = json(folder.path(), "ctl ./c refresh disk --size 16M", 0);
+    assert_eq!(shown["size"], 16 << 20);
+    assert!(shown["image"].as_str().unwrap().ends_with("/moved.vhd"), "{shown}");
+    let shown = json(folder.path(), "ctl ./c snapshot disk new.vhd", 0);
+    assert!(shown["parent"].as_str().unwrap().ends_with("/moved.vhd"), "{shown}");
+    assert_eq!((client.read(0, 0, 4096), client.read(0, 4096, 4096)), (vec![7; 4096], vec![8; 4096]));
+    server.stop();
+    done(folder.path(), "check --chain new.vhd");
+    assert_eq!(read_image(&path("new.vhd"), 4096, 4096), [8; 4096]);
+}
+
+#[test]
+fn a_refresh_neither_opens_closes_nor_unlocks_the_image() {
+    if vhd_testkit::tools::require("strace").is_none() {
+        return;
+    }
+    let folder = folder_with_disk("8M");
+    let server = Server::start(folder.path(), "disk.vhd");
+    let trace = folder.path().join("trace");
+    let mut strace = std::process::Command::new("strace");
+    strace.args(["-f", "-y", "-e", "trace=open,openat,openat2,close,fcntl,ftruncate", "-o"]).arg(&trace);
+    let mut strace = strace.arg("-p").arg(server.pid().to_string()).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let status = || fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
+    let tracer = format!("TracerPid:\t{}\n", strace.id());
+    wait_until("it is traced", || status().contains(&tracer));
+    let traced_too = |task: fs::DirEntry| fs::read_to_string(task.path().join("status")).is_ok_and(|text| text.contains(&tracer));
+    let tasks = format!("/proc/{}/task", server.pid());
+    wait_until("all threads are", || fs::read_dir(&tasks).unwrap().flatten().all(traced_too));
+    done(folder.path(), "ctl ./c refresh disk");
+    assert_eq!(json(folder.path(), "ctl ./c refresh disk --size 32M", 0)["size"], 32 << 20);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(strace.id().try_into().unwrap()), Signal::SIGINT).unwrap();
+    strace.wait().unwrap();
+    let calls = fs::read_to_string(&trace).unwrap();
+    let of_image: Vec<_> = calls.lines().filter(|line| line.contains("disk.vhd")).collect();
+    assert!(of_image.iter().any(|line| line.contains("ftruncate(")), "the change itself is not seen:\n{calls}");
+    let gives_up = |line: &&&str| ["open", "close(", "F_UNLCK"].iter().any(|word| line.contains(word));
+    assert_eq!(of_image.iter().find(gives_up), None);
+    server.stop();
+    done(folder.path(), "check disk.vhd");
+}
+
+#[test]
+fn an_image_is_written_by_one_export_whatever_its_name() {
+    let folder = folder_with_disk("8M");
+    done(folder.path(), "create child.vhd --parent disk.vhd");
+    fs::hard_link(folder.path().join("child.vhd"), folder.path().join("linked.vhd")).unwrap();
+    std::os::unix::fs::symlink("child.vhd", folder.path().join("symlink.vhd")).unwrap();
+    let server = Server::start(folder.path(), "child.vhd");
+    for image in ["child.vhd", "linked.vhd", "symlink.vhd", "linked.vhd --read-only", "disk.vhd"] {
+        let said = refused(folder.path(), &format!("ctl ./c add {image} --name more"));
+        assert!(said.contains("is an image of the export \"child\" already"), "{image}: {said}");
+    }
+    // Its parent may be read by others, too, and what is only read by any number.
+    done(folder.path(), "ctl ./c add disk.vhd --read-only");
+    done(folder.path(), "ctl ./c add disk.vhd --name again --read-only");
+    done(folder.path(), "ctl ./c remove child");
+    done(folder.path(), "ctl ./c add linked.vhd --name more --read-only");
+    done(folder.path(), "ctl ./c add symlink.vhd --name most --read-only");
+    assert_eq!(json(folder.path(), "ctl ./c list", 0)["exports"].as_array().unwrap().len(), 4);
+    server.stop();
+}
+
+#[test]
+fn a_snapshot_replaces_no_file() {
+    let folder = folder_with_disk("8M");
+    done(folder.path(), "create child.vhd --parent disk.vhd");
+    fs::write(folder.path().join("file"), b"mine").unwrap();
+    std::os::unix::fs::symlink("nowhere", folder.path().join("link.vhd")).unwrap();
+    let server = Server::start(folder.path(), "child.vhd");
+    for name in ["child.vhd", "disk.vhd", "file", "link.vhd"] {
+        assert!(refused(folder.path(), &format!("ctl ./c snapshot child {name}")).contains("exists already"), "{name}");
+    }
+    assert_eq!(fs::read(folder.path().join("file")).unwrap(), b"mine");
+    done(folder.path(), "ctl ./c snapshot child new.vhd");
+    server.stop();
+    done(folder.path(), "check --chain new.vhd");
+}
+
+#[test]
 fn metrics_count_what_clients_do() {
     let folder = folder_with_disk("8M");
     // The port is said in the document of the beginning.

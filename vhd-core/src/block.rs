@@ -10,6 +10,7 @@ use std::sync::Arc;
 pub use crate::image::ZeroMode;
 
 use crate::error::{Error, Result};
+use crate::storage::Room;
 pub use crate::storage::SharedBytes;
 use crate::storage::{read_by_copy, write_by_copy};
 
@@ -211,6 +212,11 @@ pub trait BlockDevice: Send + Sync {
 
     /// The file that a layer is in; 0 is the leaf.
     fn layer_path(&self, depth: usize) -> Option<PathBuf>;
+
+    /// What the leaf's file takes of its volume, and what is left there; `None` where that can't be told, or not at once.
+    fn room(&self) -> Option<Room> {
+        None
+    }
 
     /// Flushes and gives back what the host lent. The disk may be used afterwards.
     ///

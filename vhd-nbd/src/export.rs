@@ -9,6 +9,7 @@ use tokio::sync::Semaphore;
 use vhd_core::block::{BlockDevice, ZeroMode};
 use vhd_core::chain::{Chain, ChainOptions, ChildOptions};
 use vhd_core::image::Created;
+use vhd_core::storage::FileStorage;
 use vhd_core::{Disk, Error, ErrorKind, LiveDisk, Result};
 use vhd_service::metrics::Metrics;
 
@@ -129,13 +130,27 @@ impl Export {
         Ok(created)
     }
 
-    /// Opens the disk's files again after `work` on them; new clients see the size that it has then.
+    /// Looks at the disk's files again, and then makes it so large where that is asked for; new clients see the size that it
+    /// has then.
     ///
     /// # Errors
-    /// As [`LiveDisk::reopen_after`].
-    pub fn refresh(&self, work: impl FnOnce(&Path, &ChainOptions) -> Result<()>) -> Result<()> {
-        self.live.reopen_after(work)?;
-        self.describe_again()
+    /// As [`LiveDisk::refresh`] and [`LiveDisk::grow`].
+    pub fn refresh(&self, size: Option<u64>) -> Result<()> {
+        let refreshed = self.live.refresh().and_then(|()| size.map_or(Ok(()), |size| self.live.grow(size)));
+        // Of what failed, a part may be done.
+        refreshed.and(self.describe_again())
+    }
+
+    /// Refuses an image that both serve, where one of them writes it.
+    fn refuse_shared(&self, other: &Self) -> Result<()> {
+        let (own, others) = (self.live.identities()?, other.live.identities()?);
+        let writes = |export: &Self, leaf: Option<&(u64, u64)>, of: &[(u64, u64)]| {
+            !export.read_only && leaf.is_some_and(|leaf| of.contains(leaf))
+        };
+        if writes(self, own.first(), &others) || writes(other, others.first(), &own) {
+            return Err(served_already(&self.leaf(), other));
+        }
+        Ok(())
     }
 
     fn describe_again(&self) -> Result<()> {
@@ -195,6 +210,11 @@ impl Export {
     pub fn status(&self, range: Range<u64>, contexts: &[&Context], one_extent: bool) -> Result<Vec<Runs>> {
         self.live.with_chain(|chain| status(chain, range, contexts, if one_extent { 1 } else { MAX_EXTENTS }))
     }
+}
+
+fn served_already(image: &Path, by: &Export) -> Error {
+    let message = format!("is an image of the export {:?} already, and is not written by one while another has it", by.name);
+    Error::new(ErrorKind::Locked, message).at(image)
 }
 
 fn mode_of(keep: bool) -> ZeroMode {
@@ -295,19 +315,23 @@ fn status(chain: &Chain, range: Range<u64>, contexts: &[&Context], most: usize) 
 
 /// The exports of a server, in order; the first is the default. A cheap clone.
 #[derive(Clone, Debug, Default)]
-pub struct Table(Arc<RwLock<Vec<Arc<Export>>>>);
+pub struct Table {
+    exports: Arc<RwLock<Vec<Arc<Export>>>>,
+    /// Held by who adds one, so that two of one image are not added at once. Those who look for one don't wait for that.
+    adding: Arc<Mutex<()>>,
+}
 
 impl Table {
     /// All.
     #[must_use]
     pub fn all(&self) -> Vec<Arc<Export>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.exports.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// One by its name; the empty name is the first.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<Arc<Export>> {
-        let exports = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let exports = self.exports.read().unwrap_or_else(PoisonError::into_inner);
         let named = exports.iter().find(|export| export.name == name);
         named.or(exports.first().filter(|_| name.is_empty())).cloned()
     }
@@ -315,22 +339,33 @@ impl Table {
     /// One more.
     ///
     /// # Errors
-    /// `Exists` when there is one of this name.
+    /// `Exists` when there is one of this name; `Locked` when there is one of an image that only one may have.
     pub fn add(&self, export: Arc<Export>) -> Result<()> {
-        let mut exports = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(other) = exports.iter().find(|other| other.name == export.name) {
+        let _adding = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        let others = self.all();
+        if let Some(other) = others.iter().find(|other| other.name == export.name) {
             let message =
                 format!("would be an export of the name {:?} like {}; name one of them", export.name, other.leaf().display());
             return Err(Error::new(ErrorKind::Exists, message).at(&export.leaf()));
         }
-        exports.push(export);
+        others.iter().try_for_each(|other| export.refuse_shared(other))?;
+        self.exports.write().unwrap_or_else(PoisonError::into_inner).push(export);
         Ok(())
+    }
+
+    /// Says which export it is that has an image open, for who may not have it.
+    pub(crate) fn explain(&self, image: &Path, error: Error) -> Error {
+        let path = error.path().unwrap_or(image).to_owned();
+        let found = FileStorage::identity_at(&path).filter(|_| error.kind() == ErrorKind::Locked);
+        let has =
+            |export: &Arc<Export>| found.is_some_and(|found| export.live.identities().is_ok_and(|own| own.contains(&found)));
+        self.all().iter().find(|export| has(export)).map_or(error, |export| served_already(&path, export))
     }
 
     /// Takes one out.
     #[must_use]
     pub fn remove(&self, name: &str) -> Option<Arc<Export>> {
-        let mut exports = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut exports = self.exports.write().unwrap_or_else(PoisonError::into_inner);
         let at = exports.iter().position(|export| export.name == name)?;
         Some(exports.remove(at))
     }

@@ -5,7 +5,6 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -16,11 +15,11 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 use vhd_core::block::{BlockDevice, Capabilities, Extent, Found, SharedBytes, Spliced, ZeroMode};
+use vhd_core::storage::Room;
 use vhd_core::{Disk, Error, ErrorKind, Result};
 
 use self::counts::{Kind, Requests, Watched};
 use crate::places::{Place, Places};
-use crate::space;
 
 mod counts;
 
@@ -109,12 +108,9 @@ impl Metrics {
         // As it is now: a handle's own size is that of the moment when it was made.
         let now: &dyn BlockDevice = &**disk;
         set(&self.0.size, now.capabilities().size);
-        let Some(leaf) = disk.layer_path(0) else { return };
-        if let Ok(found) = leaf.metadata() {
-            set(&self.0.allocated, found.blocks() * 512);
-        }
-        if let Ok(Some(space)) = space::of(&leaf) {
-            set(&self.0.free, space.free);
+        if let Some(room) = now.room() {
+            set(&self.0.allocated, room.allocated);
+            set(&self.0.free, room.free);
         }
     }
 
@@ -284,6 +280,10 @@ impl BlockDevice for Counted {
 
     fn layer_path(&self, depth: usize) -> Option<PathBuf> {
         self.disk.layer_path(depth)
+    }
+
+    fn room(&self) -> Option<Room> {
+        self.disk.room()
     }
 
     fn close(&self) -> Result<()> {

@@ -21,7 +21,7 @@ use vhd_testkit::fixture::Kind;
 use vhd_vmm::machine::{Command, Definition, Machine, SharedConsole, State, run_at_events};
 use vhd_vmm::virtio::block::BlockOptions;
 
-use support::{PATIENCE, Said, attached, definition, kvm, machine, make_disk};
+use support::{PATIENCE, Said, attached, definition, free_of, kvm, machine, make_disk};
 
 fn ask(socket: &Path, command: &str) -> Result<Value, Error> {
     call(socket, &Request::new(command))
@@ -209,7 +209,7 @@ fn a_script_is_told_of_a_crash_and_of_little_space() {
     let (script, log) = script(folder.path());
     let disk = make_disk(folder.path(), "disk", Kind::Dynamic, 8 << 20);
     // Low, and far from the quarter at which the machine is paused.
-    let low_space = vhd_service::space::of(folder.path()).unwrap().free / 2 * 3;
+    let low_space = free_of(folder.path()) / 2 * 3;
     let disks = vec![attached(&disk, BlockOptions::default())];
     let (said, events) = (Said::default(), Events::default());
     // The script listens before there is anything to tell.

@@ -18,12 +18,12 @@ use vhd_testkit::volume::Volume;
 use vhd_vmm::machine::{Command, Reason, State};
 use vhd_vmm::virtio::block::{BlockOptions, Policies, Policy};
 
-use support::{PATIENCE, attached, definition, kvm, machine, make_disk};
+use support::{PATIENCE, attached, definition, free_of, kvm, machine, make_disk};
 
 /// Fills a volume but for so many bytes.
 fn fill(volume: &Volume, but: u64) -> PathBuf {
     let file = volume.path().join("filling");
-    let free = vhd_service::space::of(volume.path()).unwrap().unwrap().free;
+    let free = free_of(volume.path());
     std::fs::write(&file, vec![1; (free - but) as usize]).unwrap();
     file
 }

@@ -34,7 +34,7 @@ struct Admin {
     events: Events,
     told: Mutex<VecDeque<Event>>,
     inbox: Mutex<std::sync::mpsc::Receiver<Event>>,
-    watch: Watch,
+    _watch: Watch,
 }
 
 /// Counts what is asked of the disk from now on. Returns the disk to use in its place, and the counters.
@@ -50,11 +50,11 @@ pub fn start(live: &LiveDisk, metrics: Metrics, target: &Path, read_only: bool, 
     let image = live.leaf();
     let watch = watch(low_space, &events)?;
     if !read_only {
-        watch.add(&image);
+        watch.add(&live.disk());
     }
     let (name, target) = (name_of(&image), target.to_owned());
     let told = Mutex::default();
-    let admin = Admin { name, live: live.clone(), target, read_only, metrics, events, told, inbox, watch };
+    let admin = Admin { name, live: live.clone(), target, read_only, metrics, events, told, inbox, _watch: watch };
     let bound = runtime::folder()
         .map(|folder| folder.join(format!("mount-{}.{EXTENSION}", std::process::id())))
         .and_then(|path| Control::bind(&path, Arc::new(admin)));
@@ -109,9 +109,8 @@ impl Admin {
             return Err(Error::new(ErrorKind::NotFound, message));
         }
         let path = PathBuf::from(request.text("path")?);
-        let before = self.live.leaf();
         let created = self.live.snapshot(&path, &ChildOptions::new(Uuid::new_v4().into_bytes()))?;
-        self.watch.add(&path);
+        let before = self.live.disk().layer_path(1).unwrap_or_default();
         self.events.note("snapshot", &self.name, format!("{} is written from now on", path.display()));
         Ok(json!({
             "image": path.to_string_lossy(),

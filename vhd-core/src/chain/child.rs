@@ -151,17 +151,18 @@ fn refuse_unfinished(path: &Path, parent: &Path, image: &Image, open: &ChainOpti
     }
 }
 
-/// Makes a differencing image at `path` over a leaf that this process has open, and whose identifier is `uuid`.
+/// Makes a differencing image at `path` over a leaf that this process has open, which is at `parent` now, and whose
+/// identifier is `uuid`.
 pub(crate) fn create_over_open(
     host: &dyn Host,
     path: &Path,
-    leaf: &Image,
+    (leaf, parent): (&Image, &Path),
     uuid: [u8; 16],
     options: &ChildOptions,
 ) -> Result<Created> {
     let block = leaf.layout().map(|layout| layout.block_size());
     let basis = Basis { uuid, size: size_over(path, leaf.size(), options)?, block };
-    create_over(host, path, leaf.path(), &basis, options, Vec::new())
+    create_over(host, path, parent, &basis, options, Vec::new())
 }
 
 fn size_over(path: &Path, parent: u64, options: &ChildOptions) -> Result<u64> {

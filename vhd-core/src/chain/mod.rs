@@ -32,8 +32,8 @@ use self::flat::{FlatCache, Visit};
 use self::holes::DataRanges;
 use crate::block::{BlockDevice, Capabilities, Extent, ExtentState, Found, Spliced, ZeroMode};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Below, Image, Run, RunKind};
-use crate::storage::{ReadBuffers, SharedBytes, Storage};
+use crate::image::{Below, Image, OpenOptions, Run, RunKind};
+use crate::storage::{FileStorage, ReadBuffers, Room, SharedBytes, Storage};
 
 /// Bytes of a run in which holes are worth looking for.
 const COARSE_GRAIN: u64 = 64 << 10;
@@ -73,6 +73,21 @@ impl Layer {
             Self::Image(image) => Some(image),
             Self::Raw(_) => None,
         }
+    }
+
+    /// The open file of the host: what is to be known of it is asked there, as its name may lead elsewhere by now.
+    #[must_use]
+    pub fn file(&self) -> Option<&FileStorage> {
+        self.storage().as_file()
+    }
+
+    /// The same file, read anew through its descriptor; `path` is its name now.
+    pub(crate) fn read_again(&self, path: &Path, options: &OpenOptions) -> Result<Self> {
+        let look = OpenOptions { writable: false, ..options.clone() };
+        Ok(match self {
+            Self::Image(image) => Self::Image(Image::open(Arc::clone(image.storage()), path, &look)?),
+            Self::Raw(raw) => Self::Raw(Arc::new(raw.read_again(path)?)),
+        })
     }
 
     fn is_read_only(&self) -> bool {
@@ -508,6 +523,10 @@ impl BlockDevice for Chain {
 
     fn layer_path(&self, depth: usize) -> Option<PathBuf> {
         self.layers.get(depth).map(|layer| layer.path().to_owned())
+    }
+
+    fn room(&self) -> Option<Room> {
+        self.leaf().file()?.room().ok()
     }
 
     fn close(&self) -> Result<()> {

@@ -32,6 +32,11 @@ impl RawFile {
         Ok(Self { storage, path: path.to_owned(), len, read_only, dirty: AtomicBool::new(false) })
     }
 
+    /// The same file, as long as it is now.
+    pub(super) fn read_again(&self, path: &Path) -> Result<Self> {
+        Self::new(Arc::clone(&self.storage), path, self.read_only)
+    }
+
     pub(super) fn size(&self) -> u64 {
         self.len.next_multiple_of(SECTOR)
     }

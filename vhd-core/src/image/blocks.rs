@@ -371,7 +371,9 @@ impl Blocks {
         if !self.dry {
             self.storage.set_len(len).map_err(|error| Error::io(error, format!("can't grow to {len} bytes")))?;
         }
-        self.write(&self.footer.to_bytes(), len - SECTOR)?;
+        // As it was, where there is no room: a footer stands at the old end.
+        let written = self.write(&self.footer.to_bytes(), len - SECTOR);
+        written.inspect_err(|_| drop(self.storage.set_len(self.file_len)))?;
         self.file_len = len;
         self.find_gap_at(at);
         Ok(at)
@@ -438,6 +440,7 @@ impl Blocks {
             return Ok(());
         }
         self.dirty.set(false);
-        self.storage.sync().map_err(|error| Error::io(error, "can't be synced"))
+        // Whatever the reason, nothing is known of what was written.
+        self.storage.sync().map_err(|error| Error::io(error, "can't be synced").with_kind(ErrorKind::Io))
     }
 }

@@ -228,7 +228,7 @@ impl Image {
     pub(super) fn sync(&self) -> Result<()> {
         self.storage.sync().map_err(|error| {
             let error = Error::io(error, "can't be synced").with_kind(ErrorKind::Io).at(&self.path);
-            let _ = self.latch.set((ErrorKind::Io, error.message()));
+            self.latch_for(&error);
             error
         })
     }

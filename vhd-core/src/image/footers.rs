@@ -179,5 +179,6 @@ fn change(storage: &dyn Storage, change: impl Fn(&mut Footer)) -> Result<()> {
 }
 
 fn sync(storage: &dyn Storage) -> Result<()> {
-    storage.sync().map_err(|error| Error::io(error, "can't be synced"))
+    // Whatever the reason, nothing is known of what was written.
+    storage.sync().map_err(|error| Error::io(error, "can't be synced").with_kind(ErrorKind::Io))
 }

@@ -227,6 +227,11 @@ impl Image {
         }
     }
 
+    /// Takes no more writes, for this reason.
+    pub(crate) fn latch_for(&self, why: &Error) {
+        let _ = self.latch.set((why.kind(), why.message()));
+    }
+
     /// Tells a failed write or sync. Lack of space harms nothing; after anything else nobody knows what the medium
     /// holds, so the image is latched.
     #[cold]
@@ -237,7 +242,7 @@ impl Image {
             error = error.with_kind(ErrorKind::NoSpace);
         }
         if error.kind() != ErrorKind::NoSpace {
-            let _ = self.latch.set((error.kind(), error.message()));
+            self.latch_for(&error);
         }
         error
     }

@@ -79,6 +79,19 @@ impl Image {
         Ok(image)
     }
 
+    /// Opens for reading what was open for writing until a change of it failed, so that nobody knows what the medium holds:
+    /// every write fails, and tells of `why`.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub(crate) fn open_latched(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions, why: &Error) -> Result<Arc<Self>> {
+        let look = OpenOptions { writable: false, ..options.clone() };
+        let mut image = open(storage, path, &look).map_err(|error| error.at(path))?;
+        image.read_only = false;
+        image.latch_for(why);
+        Ok(Arc::new(image))
+    }
+
     /// Refuses what [`Self::open`] for writing would, and changes nothing.
     ///
     /// # Errors

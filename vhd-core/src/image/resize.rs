@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::blocks::Blocks;
 use super::{Footers, Image, OpenOptions};
-use crate::error::{Error, Result, fail};
+use crate::error::{Error, ErrorKind, Result, fail};
 use crate::format::{
     BAT_ENTRY_LEN, BAT_UNUSED, Batmap, DiskType, DynamicHeader, FOOTER_LEN, Footer, HEADER_LEN, LocatorEntry, SECTOR,
 };
@@ -157,11 +157,15 @@ impl Relayout<'_> {
         passing.set_locators(&locators);
         // A sector of zeros behind the table: where tapdisk's batmap would be there is none.
         let len = FooterPlace::PageEnd.file_len(at + SECTOR);
-        self.storage.set_len(len).map_err(|error| Error::io(error, format!("can't grow to {len} bytes")))?;
-        self.write(&passing.to_bytes(), header_at)?;
-        self.write_table(self.blocks.entries().len(), bat_at)?;
-        payloads.into_iter().try_for_each(|(at, payload)| self.write(payload, at))?;
-        self.write(&self.footer.to_bytes(), len - SECTOR)?;
+        let copy = || {
+            self.storage.set_len(len).map_err(|error| Error::io(error, format!("can't grow to {len} bytes")))?;
+            self.write(&passing.to_bytes(), header_at)?;
+            self.write_table(self.blocks.entries().len(), bat_at)?;
+            payloads.into_iter().try_for_each(|(at, payload)| self.write(payload, at))?;
+            self.write(&self.footer.to_bytes(), len - SECTOR)
+        };
+        // As it was, where there is no room: a footer stands at the old end.
+        copy().inspect_err(|_| drop(self.storage.set_len(footers.file_len)))?;
         self.sync()?;
         let mut footer = self.footer.clone();
         footer.set_header_offset(header_at);
@@ -201,6 +205,7 @@ impl Relayout<'_> {
     }
 
     fn sync(&self) -> Result<()> {
-        self.storage.sync().map_err(|error| Error::io(error, "can't be synced"))
+        // Whatever the reason, nothing is known of what was written.
+        self.storage.sync().map_err(|error| Error::io(error, "can't be synced").with_kind(ErrorKind::Io))
     }
 }

@@ -193,6 +193,18 @@ pub(crate) fn finish_resize(storage: &dyn Storage) -> Result<Option<u64>> {
     Ok(Some(to))
 }
 
+/// Takes a change of size back, from whatever point it had come to: the data of a disk that was to grow stay where they are.
+///
+/// # Errors
+/// As the host fails.
+pub(crate) fn undo_growth(storage: &dyn Storage, footer: &Footer) -> Result<()> {
+    let at = footer.current_size();
+    let failed = |error| Error::io(error, format!("can't get its size of {at} bytes back"));
+    storage.write_at(&footer.to_bytes(), at).map_err(failed)?;
+    storage.set_len(at + SECTOR).map_err(failed)?;
+    storage.sync().map_err(failed)
+}
+
 /// What to do with a record that can't be gone on with.
 const CLEAR: &str = "`vhd check --clear-record` shows and removes it";
 

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 pub use in_place::{FooterMove, InPlace, Move, Work};
-pub(crate) use in_place::{finish_resize, resize_fixed};
+pub(crate) use in_place::{finish_resize, resize_fixed, undo_growth};
 pub(crate) use merge::lexically;
 pub use merge::{Member, Merge, Named, Protection};
 

@@ -13,7 +13,7 @@ use super::copy::is_zero;
 use crate::block::{Disk, ExtentState, ZeroMode};
 use crate::chain::{Chain, ChainOptions};
 use crate::command::Command;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, fail};
 use crate::format::{DiskType, MAX_CREATE_SIZE, SECTOR, Stage};
 use crate::image::{Footers, Image, OpenOptions};
 use crate::intent::{self, FooterMove, InPlace, Intent, Work, finish_resize, resize_fixed};
@@ -52,6 +52,22 @@ pub struct Resized {
     pub notes: Vec<String>,
 }
 
+/// A size that an image may get, rounded up to a sector.
+pub(crate) fn whole_size(size: u64) -> Result<u64> {
+    if size == 0 || size > MAX_CREATE_SIZE {
+        fail!(InvalidInput, "size is {size} bytes, expected 512 bytes to 2040 GiB");
+    }
+    Ok(size.next_multiple_of(SECTOR))
+}
+
+/// Refuses a size that would bring to light what a larger parent holds.
+pub(crate) fn refuse_larger_parent(from: u64, to: u64, parent: Option<u64>) -> Result<()> {
+    if to > from && parent.is_some_and(|parent| parent > from) {
+        fail!(Refused, "its parent is larger than it is, and would show in what is new; convert it to an image of its own first");
+    }
+    Ok(())
+}
+
 /// Gives the image at `path` a size of `size` bytes, rounded up to a sector. New space reads as zeros. An interrupted
 /// change is finished first.
 ///
@@ -61,11 +77,7 @@ pub struct Resized {
 pub fn resize(path: &Path, size: u64, options: &ResizeOptions, chain: &ChainOptions, progress: &Progress) -> Result<Resized> {
     chain.refuse_ignoring(path)?;
     finish(path, size, options, chain)?;
-    if size == 0 || size > MAX_CREATE_SIZE {
-        let message = format!("size is {size} bytes, expected 512 bytes to 2040 GiB");
-        return Err(Error::new(ErrorKind::InvalidInput, message).at(path));
-    }
-    let to = size.next_multiple_of(SECTOR);
+    let to = whole_size(size).map_err(|error| error.at(path))?;
     let image = OpenOptions { writable: !options.dry_run, force: options.force, background_flush: None, ..chain.image.clone() };
     let chain = ChainOptions { image, rehearsal: options.dry_run, ..chain.clone() };
     let mut resized = Resized { to, ..Resized::default() };
@@ -135,11 +147,7 @@ fn before(path: &Path, to: u64, options: &ResizeOptions, chain: &ChainOptions, r
     let disk = Disk::new(opened);
     resized.from = disk.size();
     let refuse = |message: String| Err(Error::new(ErrorKind::Refused, message).at(path));
-    if to > disk.size() && parent.is_some_and(|parent| parent > disk.size()) {
-        return refuse(
-            "its parent is larger than it is, and would show in what is new; convert it to an image of its own first".into(),
-        );
-    }
+    refuse_larger_parent(disk.size(), to, parent).map_err(|error| error.at(path))?;
     let table = PartitionTable::read(&disk)?;
     let gpt = match &table.kind {
         TableKind::Gpt(gpt) => Some(gpt),
@@ -202,7 +210,7 @@ fn first_data(disk: &Disk, range: Range<u64>, but: &Range<u64>) -> Result<Option
 }
 
 /// Moves the backup of a GPT to where a disk of `size` bytes ends. Whichever header is whole counts at each point.
-fn move_gpt(disk: &Disk, size: u64) -> Result<()> {
+pub(crate) fn move_gpt(disk: &Disk, size: u64) -> Result<()> {
     let table = PartitionTable::read(disk)?;
     let TableKind::Gpt(gpt) = &table.kind else { return Ok(()) };
     if gpt.backup_at() == size / SECTOR - 1
@@ -235,7 +243,7 @@ fn is_fixed(storage: &Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> R
     Ok(Image::open(Arc::clone(storage), path, &look)?.footer().disk_type() == DiskType::Fixed)
 }
 
-fn set_fixed_size(storage: &Arc<dyn Storage>, path: &Path, to: u64, chain: &ChainOptions) -> Result<()> {
+pub(crate) fn set_fixed_size(storage: &Arc<dyn Storage>, path: &Path, to: u64, chain: &ChainOptions) -> Result<()> {
     // Mended first: the length of the file counts.
     let image = Image::open(Arc::clone(storage), path, &chain.image)?;
     let (from, mut footer) = (image.size(), image.footer().clone());

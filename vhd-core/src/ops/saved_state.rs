@@ -3,37 +3,44 @@
 //! Whoever opens the image for writing is refused then, and so are operations. The file keeps the time of its last write:
 //! a saved state knows its disks by that too, and the note changes nothing that a guest sees.
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::chain::{ChainOptions, open_file};
 use crate::error::{Error, Result};
 use crate::image::{Image, OpenOptions};
-use crate::storage::LockMode;
+use crate::storage::{FileStorage, LockMode, Storage};
 
 /// Makes the note, or takes it away; durable when it returns. An image that says so already is not written to.
 ///
 /// # Errors
 /// `Locked` when someone has the image open; as it can't be opened for writing.
 pub fn set(path: &Path, saved: bool, open: &ChainOptions) -> Result<()> {
-    let failed = |error: std::io::Error| Error::io(error, "can't be kept as old as it is").at(path);
-    let before = path.metadata().map_err(failed)?;
     let file = open_file(path, true, open)?;
     file.lock(LockMode::Write)?;
-    let storage = open.host.adopt(file);
+    let storage = open.host.adopt(Arc::clone(&file));
+    set_of(&storage, &file, path, saved, &open.image)
+}
+
+/// As [`set`], of an image that is open for writing and locked, and not written meanwhile.
+pub(crate) fn set_of(
+    storage: &Arc<dyn Storage>,
+    file: &FileStorage,
+    path: &Path,
+    saved: bool,
+    options: &OpenOptions,
+) -> Result<()> {
+    let before = file.modified()?;
     // Opening it for writing makes both footers sound first.
-    let options = OpenOptions { writable: true, owns_saved_state: true, background_flush: None, ..open.image.clone() };
-    let image = Image::open(Arc::clone(&storage), path, &options)?;
+    let options = OpenOptions { writable: true, owns_saved_state: true, background_flush: None, ..options.clone() };
+    let image = Image::open(Arc::clone(storage), path, &options)?;
     if image.footer().saved_state() == saved {
         return Ok(());
     }
     drop(image);
-    Image::set_saved_state_of(&*storage, saved).map_err(|error| error.at(path))?;
-    if before.is_file() {
-        let file = File::options().write(true).open(path).map_err(failed)?;
-        let kept = before.modified().and_then(|time| file.set_modified(time)).and_then(|()| file.sync_all());
-        kept.map_err(failed)?;
+    Image::set_saved_state_of(&**storage, saved).map_err(|error| error.at(path))?;
+    if file.can_grow() {
+        file.set_modified(before).map_err(|error| Error::io(error, "can't be kept as old as it is").at(path))?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! A regular file or block device of the host.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::num::NonZeroU64;
 use std::ops::{Deref, Range};
@@ -52,11 +52,11 @@ impl FileSystem {
 /// A regular file or block device, opened once.
 #[derive(Debug)]
 pub struct FileStorage {
-    file: File,
-    path: PathBuf,
-    is_device: bool,
-    locked: AtomicBool,
-    direct: Option<Direct>,
+    pub(super) file: File,
+    pub(super) path: PathBuf,
+    pub(super) is_device: bool,
+    pub(super) locked: AtomicBool,
+    pub(super) direct: Option<Direct>,
     /// What is written goes on to the medium at once, where it is large.
     early: AtomicBool,
     /// Reads can't be asked not to wait.
@@ -166,19 +166,19 @@ impl FileStorage {
     /// # Errors
     /// When the file can't be examined.
     pub fn identity(&self) -> Result<(u64, u64)> {
-        let metadata = self.file.metadata().map_err(|error| Error::io(error, "can't be examined").at(&self.path))?;
-        // Two nodes may name one device: the device number is what counts then.
-        Ok(if self.is_device { (0, metadata.rdev()) } else { (metadata.dev(), metadata.ino()) })
+        Ok(identity_of(&self.metadata()?))
+    }
+
+    pub(super) fn metadata(&self) -> Result<Metadata> {
+        self.file.metadata().map_err(|error| Error::io(error, "can't be examined").at(&self.path))
     }
 
     /// Refuses a file that no longer has the name it was opened by: another took it, or it was removed, before the lock was held.
     ///
     /// # Errors
-    /// `Locked`; when the name can't be looked up.
+    /// `Locked`.
     pub(crate) fn refuse_renamed(&self) -> Result<()> {
-        let found = std::fs::metadata(&self.path).map_err(|error| Error::io(error, "can't be opened").at(&self.path))?;
-        let found = if self.is_device { (0, found.rdev()) } else { (found.dev(), found.ino()) };
-        if found == self.identity()? {
+        if self.is_at(&self.path) {
             return Ok(());
         }
         Err(Error::new(ErrorKind::Locked, "was replaced while it was opened; try again").at(&self.path))
@@ -238,6 +238,12 @@ impl Drop for FileStorage {
             lock::release(&self.file);
         }
     }
+}
+
+/// What tells one file from all others.
+pub(super) fn identity_of(found: &Metadata) -> (u64, u64) {
+    // Two nodes may name one device: the device number is what counts then.
+    if found.file_type().is_block_device() { (0, found.rdev()) } else { (found.dev(), found.ino()) }
 }
 
 fn open_error(error: io::Error, writable: bool) -> Error {
@@ -476,6 +482,10 @@ impl Storage for FileStorage {
 
     fn can_grow(&self) -> bool {
         !self.is_device
+    }
+
+    fn as_file(&self) -> Option<&FileStorage> {
+        Some(self)
     }
 
     fn allocated(&self) -> io::Result<u64> {

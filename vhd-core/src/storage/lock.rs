@@ -46,18 +46,8 @@ impl LockMode {
 
 /// Places the locks, then looks for others that they do not go together with.
 pub(super) fn acquire(file: &File, mode: LockMode) -> Result<()> {
-    let ours = mode.held().iter().map(|p| HELD + p).chain(mode.not_shared().iter().map(|p| NOT_SHARED + p));
-    for byte in ours {
-        match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&one_byte(libc::F_RDLCK, byte))) {
-            Ok(_) => {}
-            // A file system without locks: nothing can be promised, and nothing else would work there either.
-            Err(Errno::EOPNOTSUPP | Errno::ENOLCK | Errno::ENOSYS) => {
-                tracing::warn!("the file system has no locks; take care that nothing else uses the image");
-                return Ok(());
-            }
-            Err(Errno::EAGAIN | Errno::EACCES) => return Err(in_use(mode)),
-            Err(errno) => return Err(Error::io(errno.into(), "can't be locked")),
-        }
+    if !place(file, mode)? {
+        return Ok(());
     }
     let theirs = mode.held().iter().map(|p| NOT_SHARED + p).chain(mode.not_shared().iter().map(|p| HELD + p));
     for byte in theirs {
@@ -69,6 +59,24 @@ pub(super) fn acquire(file: &File, mode: LockMode) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Places the locks, and looks for no others. False where the file system has none.
+pub(super) fn place(file: &File, mode: LockMode) -> Result<bool> {
+    let ours = mode.held().iter().map(|p| HELD + p).chain(mode.not_shared().iter().map(|p| NOT_SHARED + p));
+    for byte in ours {
+        match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&one_byte(libc::F_RDLCK, byte))) {
+            Ok(_) => {}
+            // A file system without locks: nothing can be promised, and nothing else would work there either.
+            Err(Errno::EOPNOTSUPP | Errno::ENOLCK | Errno::ENOSYS) => {
+                tracing::warn!("the file system has no locks; take care that nothing else uses the image");
+                return Ok(false);
+            }
+            Err(Errno::EAGAIN | Errno::EACCES) => return Err(in_use(mode)),
+            Err(errno) => return Err(Error::io(errno.into(), "can't be locked")),
+        }
+    }
+    Ok(true)
 }
 
 /// Gives up the permission to write, without a moment at which someone else could get it.

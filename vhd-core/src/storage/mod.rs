@@ -7,6 +7,7 @@ mod buffers;
 mod direct;
 mod file;
 mod found;
+mod held;
 mod host;
 mod lock;
 mod memory;
@@ -25,6 +26,7 @@ pub(crate) use aligned::PAGE;
 pub use beside::{Beneath, open_beneath, read_beside};
 pub use buffers::{ReadBuffers, WriteBuffers};
 pub use file::FileStorage;
+pub use held::Room;
 pub use host::{Host, LocalHost, folder_of, put_file, resolve};
 pub(crate) use host::{put_name, remove_file};
 pub use lock::LockMode;
@@ -175,6 +177,11 @@ pub trait Storage: Send + Sync + Debug {
     /// # Errors
     /// Whatever the host says.
     fn allocated(&self) -> io::Result<u64>;
+
+    /// The open file of the host that this is, or that is below it.
+    fn as_file(&self) -> Option<&FileStorage> {
+        None
+    }
 }
 
 /// Writes zeros over a range, for hosts without a better way.

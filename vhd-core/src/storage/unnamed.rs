@@ -4,7 +4,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::Storage;
+use super::{FileStorage, Storage};
 
 /// A new file under a passing name, while it is filled. A power cut leaves nothing of it, in whatever order it was written, so
 /// its barriers are left out: it is synced once, before it gets its name.
@@ -58,5 +58,9 @@ impl Storage for Unnamed {
 
     fn allocated(&self) -> io::Result<u64> {
         self.0.allocated()
+    }
+
+    fn as_file(&self) -> Option<&FileStorage> {
+        self.0.as_file()
     }
 }

@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vhd_core::chain::{ChainOptions, ChildOptions};
-use vhd_core::ops::resize::{ResizeOptions, resize};
-use vhd_core::{Error, ErrorKind, Progress, Result};
+use vhd_core::{Error, ErrorKind, Result};
 use vhd_service::control::{Handler, Request};
 use vhd_service::events::Events;
 use vhd_service::metrics::Metrics;
@@ -64,10 +63,11 @@ impl Admin {
                 format!("would be an export of the name {name:?} like {}: give one of them another", other.leaf().display());
             return Err(Error::new(ErrorKind::Exists, message).at(image));
         }
-        let export = Export::open(name, image, options, &self.metrics)?;
-        self.server.table().add(Arc::clone(&export))?;
+        let table = self.server.table();
+        let export = Export::open(name, image, options, &self.metrics).map_err(|error| table.explain(image, error))?;
+        table.add(Arc::clone(&export)).inspect_err(|_| self.metrics.forget(name))?;
         if let Some(watch) = &self.watch {
-            watch.add(&export.leaf());
+            watch.add(export.disk());
         }
         Ok(export)
     }
@@ -128,7 +128,7 @@ impl Admin {
         }
         let leaf = export.leaf();
         if let Some(watch) = &self.watch {
-            watch.remove(&leaf);
+            watch.remove(export.disk());
         }
         self.metrics.forget(export.name());
         export.disk().close()?;
@@ -139,12 +139,9 @@ impl Admin {
     fn snapshot(&self, request: &Request) -> Result<Value> {
         let export = self.get(request.text("name")?)?;
         let path = Path::new(request.text("path")?);
-        let parent = export.leaf();
         let options = ChildOptions::new(uuid::Uuid::new_v4().into_bytes());
         let created = export.snapshot(path, &options)?;
-        if let Some(watch) = &self.watch {
-            watch.add(path);
-        }
+        let parent = export.disk().layer_path(1).unwrap_or_default();
         self.events.note("snapshot", export.name(), format!("{} is written now, over {}", path.display(), parent.display()));
         let mut shown = show(&export);
         shown["parent"] = parent.to_string_lossy().into();
@@ -161,11 +158,7 @@ impl Admin {
                 "is served read-only, so it is not made larger; end the server and use vhd resize, or serve it to be written";
             return Err(Error::new(ErrorKind::ReadOnly, message).at(&export.leaf()));
         }
-        export.refresh(|path, options| {
-            let Some(size) = size else { return Ok(()) };
-            // Larger only: clients still use what a smaller disk would lack.
-            resize(path, size, &ResizeOptions::default(), options, &Progress::default()).map(drop)
-        })?;
+        export.refresh(size)?;
         let shown = show(&export);
         self.events.note("refreshed", export.name(), format!("{} bytes", export.info().size));
         Ok(shown)

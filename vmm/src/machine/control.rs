@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 use vhd_core::chain::ChildOptions;
 use vhd_core::live::{NewLeaf, snapshot_all};
+use vhd_core::storage::FileStorage;
 use vhd_core::{Error, ErrorKind};
 use vhd_service::control::{EXTENSION, Handler, Request};
 use vhd_service::runtime;
@@ -81,7 +82,7 @@ impl Machine {
     /// # Errors
     /// As [`snapshot_all`]; none has a new leaf then.
     pub fn snapshot(&self) -> Result<Vec<PathBuf>, Error> {
-        let (leaves, paths) = self.standing_still(|disks| {
+        let (old, paths) = self.standing_still(|disks| {
             let written: Vec<_> = disks.iter().filter(|disk| !disk.live.disk().capabilities().read_only).collect();
             let leaves: Vec<_> = written.iter().map(|disk| disk.live.leaf()).collect();
             let paths = free_names(&leaves)?;
@@ -95,9 +96,11 @@ impl Machine {
                 })
                 .collect();
             snapshot_all(&new)?;
-            Ok((leaves, paths))
+            // The old leaves, by what they are: their names may lead elsewhere by now.
+            let old = written.iter().map(|disk| Ok(disk.live.identities()?.get(1).copied())).collect::<Result<Vec<_>, Error>>();
+            Ok((old, paths))
         })?;
-        if let Err(error) = self.follow(&leaves, &paths) {
+        if let Err(error) = old.and_then(|old| self.follow(&old, &paths)) {
             tracing::warn!("the configuration still names the old leaves: {error}");
         }
         let message = format!("{} disks have new leaves", paths.len());
@@ -106,13 +109,13 @@ impl Machine {
     }
 
     /// Lets the configuration name the new leaves: the old ones are not to be written to any more.
-    fn follow(&self, old: &[PathBuf], new: &[PathBuf]) -> Result<(), Error> {
+    fn follow(&self, old: &[Option<(u64, u64)>], new: &[PathBuf]) -> Result<(), Error> {
         let Some(path) = &self.definition().config_file else { return Ok(()) };
         let mut file = ConfigFile::open(path)?;
         let mut config = file.read()?;
         for disk in &mut config.disks {
-            let same = |leaf: &&PathBuf| leaf.canonicalize().ok() == disk.image.canonicalize().ok();
-            if let Some(leaf) = old.iter().position(|leaf| same(&leaf)) {
+            let found = FileStorage::identity_at(&disk.image);
+            if let Some(leaf) = old.iter().position(|leaf| leaf.is_some() && *leaf == found) {
                 disk.image.clone_from(&new[leaf]);
             }
         }

@@ -5,7 +5,7 @@ use std::time::UNIX_EPOCH;
 use crc::{CRC_32_ISO_HDLC, Crc};
 use vhd_core::chain::Layer;
 use vhd_core::format::DiskType;
-use vhd_core::storage::{FileStorage, Storage};
+use vhd_core::storage::Storage;
 use vhd_core::{Error, ErrorKind};
 
 use super::MachineDisk;
@@ -38,15 +38,18 @@ fn identity_of(disk: &MachineDisk) -> Result<DiskIdentity, Error> {
 fn layer_of(layer: &Layer) -> Result<LayerIdentity, Error> {
     let (path, footer) = (layer.path(), layer.image().map(|image| image.footer()));
     let failed = |error| Error::io(error, "can't be examined").at(path);
-    let found = path.metadata().map_err(failed)?;
-    let modified = found.modified().map_err(failed)?.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+    // The file that is open, whatever its name leads to by now.
+    let Some(file) = layer.file() else {
+        return Err(Error::new(ErrorKind::Unsupported, "is no file of this host, so no saved state can rely on it").at(path));
+    };
+    let modified = file.modified()?.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
     // A fixed disk has no metadata at its start; its footer is where the file ends.
     let is_sparse = footer.is_some_and(|footer| footer.disk_type() != DiskType::Fixed);
-    let end = found.len();
+    let end = file.len().map_err(failed)?;
     // Of two footers one is enough.
     let range = if is_sparse { 0..METADATA.min(end.saturating_sub(512)) } else { end.saturating_sub(512)..end };
     let mut bytes = vec![0; (range.end - range.start) as usize];
-    FileStorage::open(path, false)?.read_at(&mut bytes, range.start).map_err(failed)?;
+    file.read_at(&mut bytes, range.start).map_err(failed)?;
     if bytes.starts_with(b"conectix") && bytes.len() > SAVED_STATE {
         bytes[CHECKSUM].fill(0);
         bytes[SAVED_STATE] = 0;

@@ -1,13 +1,12 @@
 //! What happens to a machine by itself: the guest turns it off, fails, or a disk can't go on.
 
-use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vhd_core::{Error, ErrorKind};
-use vhd_service::space::{self, Change, Watch};
+use vhd_service::space::{Change, Watch};
 
 use super::{Inner, Reason, Shared, State};
 use crate::devices::Request;
@@ -62,8 +61,8 @@ pub fn watch_space(shared: &Arc<Shared>) -> Result<Vec<Watch>, Error> {
         }
     })?;
     for disk in &shared.definition.disks {
-        warnings.add(&disk.live.leaf());
-        pauses.add(&disk.live.leaf());
+        warnings.add(&disk.live.disk());
+        pauses.add(&disk.live.disk());
     }
     Ok(vec![warnings, pauses])
 }
@@ -109,8 +108,7 @@ impl Shared {
     }
 
     fn free(&self, disk: usize) -> Option<u64> {
-        let leaf = self.definition.disks.get(disk)?.live.leaf();
-        Some(space::of(Path::new(&leaf)).ok()??.free)
+        Some(self.definition.disks.get(disk)?.live.disk().room()?.free)
     }
 
     /// Goes on once there is room again where there was none.

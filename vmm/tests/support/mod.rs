@@ -119,3 +119,9 @@ pub fn run(definition: Definition) -> String {
     assert!(text.ends_with("guest: done\n") && !text.contains("WRONG") && !text.contains("PANIC"), "{text}");
     text
 }
+
+/// Bytes that are left on the volume of this folder.
+pub fn free_of(folder: &Path) -> u64 {
+    let found = nix::sys::statvfs::statvfs(folder).unwrap();
+    found.blocks_available() * found.fragment_size()
+}
