@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use clap::Args;
 use serde_json::{Value, json};
 use vhd_core::chain::ChainOptions;
+use vhd_core::guestfs::refuse_writes;
 use vhd_core::ops::undo;
 use vhd_core::partition::{PartitionTable, PartitionType};
 use vhd_core::{Disk, Error, ErrorKind, LiveDisk};
@@ -91,7 +92,7 @@ impl MountArgs {
         let live = self.open_image(&wanted, context)?;
         let (disk, metrics) = control::counted(&live);
         let (mounted, by) = match self.fs {
-            true => self.mount_inside(&disk, &wanted)?,
+            true => self.mount_inside(&disk, &wanted, context)?,
             false => (vhd_fuse::mount(contents(&live, disk)?, &self.target, &wanted.options)?, None),
         };
         let target = self.target.canonicalize().unwrap_or_else(|_| self.target.clone());
@@ -158,9 +159,10 @@ impl MountArgs {
     }
 
     /// Mounts the disk where only this user sees it, and the file system of a partition on the target.
-    fn mount_inside(&self, disk: &Disk, wanted: &Wanted) -> Result<(Mounted, Option<String>), Error> {
+    fn mount_inside(&self, disk: &Disk, wanted: &Wanted, context: &Context) -> Result<(Mounted, Option<String>), Error> {
         let table = partitions(disk)?;
         let name = file_with(&table, wanted)?;
+        refuse_foreign(disk, &name, wanted, context)?;
         let hidden = runtime::folder()?.join(format!("fs-{}", std::process::id()));
         std::fs::create_dir(&hidden).map_err(|error| Error::io(error, "can't be made to mount on").at(&hidden))?;
         let mut options = wanted.options.clone();
@@ -246,11 +248,7 @@ fn contents(live: &LiveDisk, disk: Disk) -> Result<Contents, Error> {
 /// The partitions, without one that only stands for a GPT.
 fn partitions(disk: &Disk) -> Result<PartitionTable, Error> {
     let mut table = PartitionTable::read(disk)?;
-    let count = table.partitions.len();
     table.partitions.retain(|partition| partition.kind != PartitionType::Mbr(PROTECTIVE));
-    if table.partitions.len() < count && table.problems.is_empty() {
-        table.problems.push("the first sector says that there is a GPT, and there is none".to_owned());
-    }
     Ok(table)
 }
 
@@ -279,6 +277,19 @@ fn file_with(table: &PartitionTable, wanted: &Wanted) -> Result<String, Error> {
         (None, [one]) => Ok(one.clone()),
         (None, several) => refused(format!("has {} partitions, so say which with :pN: {}", several.len(), several.join(" "))),
     }
+}
+
+/// Refuses to write what may be somebody else's. To look at it harms nobody, but it may not be what is seen.
+fn refuse_foreign(disk: &Disk, name: &str, wanted: &Wanted, context: &Context) -> Result<(), Error> {
+    let number = name.strip_prefix('p').and_then(|number| number.parse().ok());
+    let Some(why) = refuse_writes(disk, number)? else { return Ok(()) };
+    let place = number.map_or("the disk as a whole".to_owned(), |_| format!("partition {name}"));
+    if wanted.options.read_only {
+        context.note(&format!("{}: {place}: {why}; what is shown of it may be old, or a part", wanted.image.display()));
+        return Ok(());
+    }
+    let message = format!("{place} is not mounted to be written: {why}; --read-only shows it");
+    Err(Error::new(ErrorKind::Refused, message).at(&wanted.image))
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, Error> {
