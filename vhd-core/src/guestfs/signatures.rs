@@ -177,12 +177,12 @@ static SIGNATURES: &[Signature] = &[
     is("BitLocker", ENCRYPTED, &[Front(160), Front(424)], BITLOCKER_USED_SPACE),
     checked("Core Storage of macOS", ENCRYPTED, &[Front(88)], b"CS", checks::core_storage),
     // Asleep. The first is an out-of-tree variant's.
-    is("swap", Owner::Sleeper, &[Front(0)], TUX_ON_ICE),
-    is("swap", Owner::Sleeper, SWAP_ENDS, b"S1SUSPEND"),
-    is("swap", Owner::Sleeper, SWAP_ENDS, b"S2SUSPEND"),
-    is("swap", Owner::Sleeper, SWAP_ENDS, b"ULSUSPEND"),
-    is("swap", Owner::Sleeper, SWAP_ENDS, b"LINHIB0001"),
-    is("swap", Owner::Sleeper, SWAP_ENDS, TUX_ON_ICE),
+    is("hibernated swap", Owner::Sleeper, &[Front(0)], TUX_ON_ICE),
+    is("hibernated swap", Owner::Sleeper, SWAP_ENDS, b"S1SUSPEND"),
+    is("hibernated swap", Owner::Sleeper, SWAP_ENDS, b"S2SUSPEND"),
+    is("hibernated swap", Owner::Sleeper, SWAP_ENDS, b"ULSUSPEND"),
+    is("hibernated swap", Owner::Sleeper, SWAP_ENDS, b"LINHIB0001"),
+    is("hibernated swap", Owner::Sleeper, SWAP_ENDS, TUX_ON_ICE),
     is("an old swap area", FOREIGN, SWAP_ENDS, b"SWAP-SPACE"),
     // Pools and file systems of other systems, and those that several machines share.
     checked("ZFS", VOLUMES, &[Front(0)], b"", checks::zfs),
