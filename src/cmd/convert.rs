@@ -285,7 +285,7 @@ impl ConvertArgs {
         }
         if filled < size {
             // What ended the source belongs at the end of a larger disk.
-            move_gpt(target, size)?;
+            move_gpt(target, filled, size)?;
         }
         Ok(())
     }

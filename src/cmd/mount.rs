@@ -162,7 +162,7 @@ impl MountArgs {
     fn mount_inside(&self, disk: &Disk, wanted: &Wanted, context: &Context) -> Result<(Mounted, Option<String>), Error> {
         let table = partitions(disk)?;
         let name = file_with(&table, wanted)?;
-        refuse_foreign(disk, &name, wanted, context)?;
+        let doubt = refuse_foreign(disk, &name, wanted)?;
         let hidden = runtime::folder()?.join(format!("fs-{}", std::process::id()));
         std::fs::create_dir(&hidden).map_err(|error| Error::io(error, "can't be made to mount on").at(&hidden))?;
         let mut options = wanted.options.clone();
@@ -182,6 +182,9 @@ impl MountArgs {
             Some(path) if path.starts_with(&hidden) => error.about(&wanted.image),
             _ => error,
         });
+        if let (Ok(_), Some(doubt)) = (&named, doubt) {
+            context.note(&doubt);
+        }
         named.inspect_err(|_| drop(std::fs::remove_dir(&hidden)))
     }
 
@@ -279,14 +282,13 @@ fn file_with(table: &PartitionTable, wanted: &Wanted) -> Result<String, Error> {
     }
 }
 
-/// Refuses to write what may be somebody else's. To look at it harms nobody, but it may not be what is seen.
-fn refuse_foreign(disk: &Disk, name: &str, wanted: &Wanted, context: &Context) -> Result<(), Error> {
+/// Refuses to write what may be somebody else's. To look at it harms nobody, but may show what is not so: that is returned.
+fn refuse_foreign(disk: &Disk, name: &str, wanted: &Wanted) -> Result<Option<String>, Error> {
     let number = name.strip_prefix('p').and_then(|number| number.parse().ok());
-    let Some(why) = refuse_writes(disk, number)? else { return Ok(()) };
+    let Some(why) = refuse_writes(disk, number)? else { return Ok(None) };
     let place = number.map_or("the disk as a whole".to_owned(), |_| format!("partition {name}"));
     if wanted.options.read_only {
-        context.note(&format!("{}: {place}: {why}; what is shown of it may be old, or a part", wanted.image.display()));
-        return Ok(());
+        return Ok(Some(format!("{}: {place}: {why}; what is shown of it may be old, or a part", wanted.image.display())));
     }
     let message = format!("{place} is not mounted to be written: {why}; --read-only shows it");
     Err(Error::new(ErrorKind::Refused, message).at(&wanted.image))

@@ -3,10 +3,7 @@
 
 #![allow(clippy::little_endian_bytes, reason = "most of them are little-endian")]
 
-/// Bytes of a volume that they are for. They may end it.
-pub const SIZE: u64 = 80 << 20;
-
-/// Something that owns a volume of [`SIZE`] bytes, beside which nothing else does.
+/// Something that owns a volume.
 #[derive(Clone, Debug)]
 pub struct Foreign {
     /// What it is.
@@ -35,16 +32,16 @@ fn structure(len: usize, fields: &[(usize, &[u8])]) -> Vec<u8> {
     bytes
 }
 
-/// All of them.
+/// All of them, for a volume of `size` bytes: whole pages, 4 MiB or more.
 #[must_use]
-pub fn all() -> Vec<Foreign> {
-    [raids(), volume_managers(), encrypted(), sleepers(), file_systems(), tables()].concat()
+pub fn all(size: u64) -> Vec<Foreign> {
+    [raids(size), volume_managers(size), encrypted(), sleepers(size), file_systems(size), tables(size)].concat()
 }
 
-fn raids() -> Vec<Foreign> {
-    let last = SIZE - 512;
-    let md = |place: u64, version: u32| vec![(place, md_superblock(place, version))];
-    let sectors = (SIZE / 512).to_le_bytes();
+fn raids(size: u64) -> Vec<Foreign> {
+    let last = size - 512;
+    let md = |place: u64, version: u32| vec![(place, md_superblock(size, place, version))];
+    let sectors = (size / 512).to_le_bytes();
     let mut via = structure(51, &[(0, &[0x55, 0xAA]), (2, &[1])]);
     via[50] = via.iter().fold(0, |sum: u8, byte| sum.wrapping_add(*byte));
     let mut silicon = structure(512, &[(0x60, &[0, 0, 0, 0x2F]), (0x6C, &sectors), (0x10C, &[2, 0])]);
@@ -57,39 +54,41 @@ fn raids() -> Vec<Foreign> {
     let mut ddf = structure(512, &[(0, &[0xDE, 0x11, 0xDE, 0x11, 0xFF, 0xFF, 0xFF, 0xFF]), (8, b"vhd-test"), (32, b"01.02.00")]);
     let crc = crc32(&ddf);
     ddf[4..8].copy_from_slice(&crc.to_be_bytes());
+    let adaptec = structure(512, &[(0, &[0x37, 0xFC, 0x4D, 0x1E]), (256, b"DPTM")]);
     let nvidia = {
         let mut bytes = structure(120, &[(0, b"NVIDIA  "), (8, &30_u32.to_le_bytes()), (16, &[0x64, 0])]);
         let sum = bytes.chunks(4).fold(0_u32, |sum, word| sum.wrapping_add(le32(word)));
         bytes[12..16].copy_from_slice(&sum.wrapping_neg().to_le_bytes());
         bytes
     };
-    let drbd = structure(512, &[(0, &(SIZE / 512).to_be_bytes()), (60, &[0x83, 0x74, 2, 0x6B]), (64, &8_u32.to_be_bytes())]);
+    let drbd = structure(512, &[(0, &(size / 512).to_be_bytes()), (60, &[0x83, 0x74, 2, 0x6B]), (64, &8_u32.to_be_bytes())]);
     vec![
-        foreign("md 0.90", "linux_raid_member", "RAID", vec![(SIZE - 0x1_0000, md_090())]),
-        foreign("md 1.0", "linux_raid_member", "RAID", md(SIZE - 0x2000, 0)),
+        foreign("md 0.90", "linux_raid_member", "RAID", vec![(size - 0x1_0000, md_090(size))]),
+        foreign("md 1.0", "linux_raid_member", "RAID", md(size - 0x2000, 0)),
         foreign("md 1.1", "linux_raid_member", "RAID", md(0, 1)),
         foreign("md 1.2", "linux_raid_member", "RAID", md(4096, 2)),
         foreign("DDF", "ddf_raid_member", "RAID", vec![(last, ddf)]),
-        foreign("Intel", "isw_raid_member", "RAID", vec![(SIZE - 1024, b"Intel Raid ISM Cfg Sig. 1.1.00".to_vec())]),
+        foreign("Intel", "isw_raid_member", "RAID", vec![(size - 1024, b"Intel Raid ISM Cfg Sig. 1.1.00".to_vec())]),
         foreign("LSI", "lsi_mega_raid_member", "RAID", vec![(last, b"$XIDE$".to_vec())]),
         foreign("VIA", "via_raid_member", "RAID", vec![(last, via)]),
         foreign("Silicon", "silicon_medley_raid_member", "RAID", vec![(last, silicon)]),
-        foreign("NVIDIA", "nvidia_raid_member", "RAID", vec![(SIZE - 1024, nvidia)]),
+        foreign("NVIDIA", "nvidia_raid_member", "RAID", vec![(size - 1024, nvidia)]),
         foreign(
             "Promise",
             "promise_fasttrack_raid_member",
             "RAID",
-            vec![(SIZE - 63 * 512, b"Promise Technology, Inc.".to_vec())],
+            vec![(size - 63 * 512, b"Promise Technology, Inc.".to_vec())],
         ),
-        foreign("HighPoint 45x", "hpt45x_raid_member", "RAID", vec![(SIZE - 11 * 512, vec![0xF0, 0x16, 0x78, 0x5A])]),
+        foreign("HighPoint 45x", "hpt45x_raid_member", "RAID", vec![(size - 11 * 512, vec![0xF3, 0x16, 0x78, 0x5A])]),
         foreign("HighPoint 37x", "hpt37x_raid_member", "RAID", vec![(4640, vec![0xF0, 0x16, 0x78, 0x5A])]),
+        foreign("Adaptec", "adaptec_raid_member", "RAID", vec![(last, adaptec)]),
         foreign("JMicron", "jmicron_raid_member", "RAID", vec![(last, jmicron)]),
-        foreign("DRBD 8.3", "drbd", "DRBD", vec![(SIZE - 4096, drbd)]),
+        foreign("DRBD 8.3", "drbd", "DRBD", vec![(size - 4096, drbd)]),
     ]
 }
 
 /// A superblock of Linux's RAID, version 1: `minor` says where it is.
-fn md_superblock(place: u64, minor: u32) -> Vec<u8> {
+fn md_superblock(size: u64, place: u64, minor: u32) -> Vec<u8> {
     let data = if minor == 0 { 0_u64 } else { 2048 };
     let mut bytes = structure(
         256,
@@ -99,10 +98,10 @@ fn md_superblock(place: u64, minor: u32) -> Vec<u8> {
             (16, b"vhd-test-of-raid"),
             (32, b"vhd:0"),
             (72, &1_u32.to_le_bytes()),
-            (80, &(SIZE / 512 - 4096).to_le_bytes()),
+            (80, &(size / 512 - 4096).to_le_bytes()),
             (92, &2_u32.to_le_bytes()),
             (128, &data.to_le_bytes()),
-            (136, &(SIZE / 512 - 4096).to_le_bytes()),
+            (136, &(size / 512 - 4096).to_le_bytes()),
             (144, &(place / 512).to_le_bytes()),
             (168, b"vhd-test-of-disk"),
             (200, &1_u64.to_le_bytes()),
@@ -115,9 +114,9 @@ fn md_superblock(place: u64, minor: u32) -> Vec<u8> {
 }
 
 /// A superblock of Linux's RAID, version 0.90.
-fn md_090() -> Vec<u8> {
+fn md_090(size: u64) -> Vec<u8> {
     let word = |at: usize, value: u32| (at * 4, value.to_le_bytes());
-    let kib = (SIZE / 1024) as u32 - 64;
+    let kib = (size / 1024) as u32 - 64;
     let fields = [
         word(0, 0xA92B_4EFC),
         word(2, 90),
@@ -138,7 +137,7 @@ fn md_090() -> Vec<u8> {
     bytes
 }
 
-fn volume_managers() -> Vec<Foreign> {
+fn volume_managers(size: u64) -> Vec<Foreign> {
     let bcachefs = [0xC6, 0x85, 0x73, 0xF6, 0x66, 0xCE, 0x90, 0xA9, 0xD9, 0x6A, 0x60, 0xCF, 0x80, 0x3D, 0xF7, 0xEF];
     vec![
         foreign("Storage Spaces", None, "Storage Spaces", vec![(0, storage_space()), (4096, b"SDBC    ".to_vec())]),
@@ -146,14 +145,14 @@ fn volume_managers() -> Vec<Foreign> {
         foreign("Oracle ASM", "oracleasm", "Oracle ASM", vec![(32, b"ORCLDISKVOL1".to_vec())]),
         foreign("VDO", "vdo", "VDO", vec![(0, b"dmvdo001".to_vec())]),
         foreign("BlueStore", "ceph_bluestore", "Ceph", vec![(0, b"bluestore block device\n".to_vec())]),
-        foreign("mpool", "mpool", "mpool", vec![(0, b"mpoolDev".to_vec())]),
+        foreign("mpool", None, "mpool", vec![(0, b"mpoolDev".to_vec())]),
         foreign("bcachefs", None, "bcachefs", vec![(4096 + 24, bcachefs.to_vec())]),
         foreign("a snapshot", "DM_snapshot_cow", "device mapper", vec![(0, b"SnAp".to_vec())]),
         foreign("dm-integrity", "DM_integrity", "dm-integrity", vec![(0, b"integrt\0\x01".to_vec())]),
         foreign("dm-verity", "DM_verity_hash", "dm-verity", vec![(0, b"verity\0\0\x01\0\0\0".to_vec())]),
         foreign("UBI", "ubi", "UBI", vec![(0, b"UBI#\x01".to_vec())]),
         foreign("a head of LDM", None, "LDM", vec![(3072, b"PRIVHEAD".to_vec())]),
-        foreign("the last head of LDM", None, "LDM", vec![(SIZE - 512, b"PRIVHEAD".to_vec())]),
+        foreign("the last head of LDM", None, "LDM", vec![(size - 512, b"PRIVHEAD".to_vec())]),
     ]
 }
 
@@ -182,9 +181,9 @@ fn encrypted() -> Vec<Foreign> {
     ]
 }
 
-fn sleepers() -> Vec<Foreign> {
+fn sleepers(size: u64) -> Vec<Foreign> {
     let swap = |signature: &[u8]| {
-        let pages = (SIZE / 4096 - 1) as u32;
+        let pages = (size / 4096 - 1) as u32;
         vec![(1024, structure(8, &[(0, &1_u32.to_le_bytes()), (4, &pages.to_le_bytes())])), (4086, signature.to_vec())]
     };
     vec![
@@ -195,7 +194,7 @@ fn sleepers() -> Vec<Foreign> {
     ]
 }
 
-fn file_systems() -> Vec<Foreign> {
+fn file_systems(size: u64) -> Vec<Foreign> {
     let refs = structure(512, &[(3, b"ReFS\0\0\0\0"), (16, b"FSRS"), (32, &[0, 2, 0, 0])]);
     let hfs_plus = |signature: &[u8], version: u8| {
         let fields: &[(usize, &[u8])] = &[(0, signature), (2, &[0, version]), (40, &4096_u32.to_be_bytes())];
@@ -205,7 +204,7 @@ fn file_systems() -> Vec<Foreign> {
     let ufs = structure(1376, &[(1372, &0x0001_1954_u32.to_le_bytes())]);
     vec![
         foreign("ReFS", "ReFS", "ReFS", vec![(0, refs)]),
-        foreign("APFS", "apfs", "APFS", vec![(0, apfs())]),
+        foreign("APFS", "apfs", "APFS", vec![(0, apfs(size))]),
         foreign("HFS+", "hfsplus", "HFS+", hfs_plus(b"H+", 4)),
         foreign("HFSX", "hfsplus", "HFS+", hfs_plus(b"HX", 5)),
         foreign("a volume of VMFS", "VMFS_volume_member", "VMFS", vec![(1 << 20, vec![0x0D, 0xD0, 1, 0xC0, 5])]),
@@ -222,7 +221,7 @@ fn file_systems() -> Vec<Foreign> {
     ]
 }
 
-fn tables() -> Vec<Foreign> {
+fn tables(size: u64) -> Vec<Foreign> {
     let mbr =
         structure(512, &[(450, &[0x83]), (454, &2048_u32.to_le_bytes()), (458, &4096_u32.to_le_bytes()), (510, &[0x55, 0xAA])]);
     let apple = vec![(0, b"ER\x02\x00".to_vec()), (512, b"PM\0\0\0\0\0\x01".to_vec())];
@@ -230,7 +229,7 @@ fn tables() -> Vec<Foreign> {
     (sun[510], sun[511]) = (0xDA, 0xBE);
     vec![
         foreign("an MBR", None, "partition", vec![(0, mbr)]),
-        foreign("the end of a GPT", None, "GPT", vec![(SIZE - 512, b"EFI PART\0\0\x01\0".to_vec())]),
+        foreign("the end of a GPT", None, "GPT", vec![(size - 512, b"EFI PART\0\0\x01\0".to_vec())]),
         foreign("a GPT of 4096", None, "GPT", vec![(4096, b"EFI PART\0\0\x01\0".to_vec())]),
         foreign("Apple", None, "Apple", apple),
         foreign("Sun", None, "Sun", vec![(0, sun)]),
@@ -241,7 +240,7 @@ fn tables() -> Vec<Foreign> {
 }
 
 /// A container's superblock, with the checksum that all of its objects have.
-fn apfs() -> Vec<u8> {
+fn apfs(size: u64) -> Vec<u8> {
     let mut bytes = structure(
         4096,
         &[
@@ -251,7 +250,7 @@ fn apfs() -> Vec<u8> {
             (27, &[0x80]),
             (32, b"NXSB"),
             (36, &4096_u32.to_le_bytes()),
-            (40, &(SIZE / 4096).to_le_bytes()),
+            (40, &(size / 4096).to_le_bytes()),
             (72, b"vhd-test-of-apfs"),
         ],
     );

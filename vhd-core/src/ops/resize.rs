@@ -89,7 +89,7 @@ pub fn resize(path: &Path, size: u64, options: &ResizeOptions, chain: &ChainOpti
     })?;
     let disk = Disk::new(opened);
     if !shrunk {
-        move_gpt(&disk, to)?;
+        move_gpt(&disk, resized.from, to)?;
     }
     disk.close()?;
     Ok(resized)
@@ -133,7 +133,7 @@ fn before(path: &Path, to: u64, options: &ResizeOptions, chain: &ChainOptions, r
     match in_the_way(&disk, to, &table, gpt.map(|gpt| &**gpt))? {
         None => {
             if !options.dry_run {
-                move_gpt(&disk, to)?;
+                move_gpt(&disk, disk.size(), to)?;
             }
         }
         Some(what) if options.discard_data => {

@@ -5,8 +5,7 @@ use std::ops::Range;
 use uuid::Uuid;
 
 use super::mbr::{ENTRIES, PROTECTIVE, Slot};
-use super::{PartitionTable, PartitionType, Structure, u32_at, u64_at};
-use crate::block::Disk;
+use super::{PartitionTable, PartitionType, Seen, Structure, u32_at, u64_at};
 use crate::error::Result;
 use crate::format::SECTOR;
 
@@ -62,7 +61,7 @@ struct Copies {
 }
 
 /// Reads the table of a disk; `None` where there is none. `slots` are those of the master boot record, if there is one.
-pub(super) fn read(disk: &Disk, slots: Option<&[Slot; 4]>, table: &mut PartitionTable) -> Result<Option<Gpt>> {
+pub(super) fn read(disk: &Seen<'_>, slots: Option<&[Slot; 4]>, table: &mut PartitionTable) -> Result<Option<Gpt>> {
     let mut found = Vec::new();
     for sector in SECTORS {
         found.push(Copies::read(disk, sector)?);
@@ -87,9 +86,9 @@ pub(super) fn read(disk: &Disk, slots: Option<&[Slot; 4]>, table: &mut Partition
 const NO_SIGNATURE: &str = "is not there";
 
 impl Copies {
-    fn read(disk: &Disk, sector: u64) -> Result<Self> {
+    fn read(disk: &Seen<'_>, sector: u64) -> Result<Self> {
         let primary = Gpt::read(disk, sector, 1, false)?;
-        let last = (disk.size() / sector).saturating_sub(1);
+        let last = (disk.size / sector).saturating_sub(1);
         let backup_at = primary.as_ref().map_or(last, |gpt| gpt.backup_at);
         // One header in the place of both would be its own backup.
         let backup = if backup_at == 1 { Err(NO_SIGNATURE.into()) } else { Gpt::read(disk, sector, backup_at, true)? };
@@ -97,8 +96,8 @@ impl Copies {
     }
 
     /// The copy that counts, and what is wrong with it all.
-    fn judge(self, disk: &Disk, slots: Option<&[Slot; 4]>, table: &mut PartitionTable) -> Option<Gpt> {
-        let last = (disk.size() / self.sector).saturating_sub(1);
+    fn judge(self, disk: &Seen<'_>, slots: Option<&[Slot; 4]>, table: &mut PartitionTable) -> Option<Gpt> {
+        let last = (disk.size / self.sector).saturating_sub(1);
         let gpt = match (self.primary, self.backup) {
             (Ok(gpt), Ok(backup)) if gpt.says_the_same(&backup) => {
                 if gpt.backup_at != last {
@@ -133,8 +132,8 @@ impl Copies {
 
 impl Gpt {
     /// Reads the header in a sector and the entries that it names; or what is wrong with them.
-    fn read(disk: &Disk, sector: u64, at: u64, is_backup: bool) -> Result<std::result::Result<Self, String>> {
-        let all = disk.size() / sector;
+    fn read(disk: &Seen<'_>, sector: u64, at: u64, is_backup: bool) -> Result<std::result::Result<Self, String>> {
+        let all = disk.size / sector;
         if at >= all {
             return Ok(Err("is beyond the end of the disk".into()));
         }
@@ -176,7 +175,7 @@ impl Gpt {
         told(self) == told(other) && self.entries == other.entries
     }
 
-    fn list(&self, disk: &Disk, table: &mut PartitionTable) {
+    fn list(&self, disk: &Seen<'_>, table: &mut PartitionTable) {
         let usable = u64_at(&self.header, FIRST_USABLE)..u64_at(&self.header, LAST_USABLE).saturating_add(1);
         let entries = self.entries.chunks_exact(self.entry_len());
         for (number, entry) in (1..).zip(entries).filter(|(_, entry)| entry[..16] != [0; 16]) {

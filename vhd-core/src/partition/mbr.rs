@@ -2,8 +2,7 @@
 
 use std::ops::Range;
 
-use super::{MAX_PARTITIONS, PartitionTable, PartitionType, Structure, u32_at};
-use crate::block::Disk;
+use super::{MAX_PARTITIONS, PartitionTable, PartitionType, Seen, Structure, u32_at};
 use crate::error::Result;
 use crate::format::SECTOR;
 
@@ -58,7 +57,7 @@ pub(super) fn slots(sector: &[u8], disk_size: u64) -> Option<[Slot; 4]> {
 }
 
 /// Lists the partitions. Returns what describes them.
-pub(super) fn read(disk: &Disk, slots: &[Slot; 4], table: &mut PartitionTable) -> Result<Vec<Structure>> {
+pub(super) fn read(disk: &Seen<'_>, slots: &[Slot; 4], table: &mut PartitionTable) -> Result<Vec<Structure>> {
     let mut structures = vec![Structure { range: 0..SECTOR, name: "the partition table".to_owned() }];
     let mut extended = None;
     for (number, slot) in (1..).zip(slots).filter(|(_, slot)| slot.is_used()) {
@@ -89,15 +88,15 @@ pub(super) fn read(disk: &Disk, slots: &[Slot; 4], table: &mut PartitionTable) -
 }
 
 /// Follows the chain of logical partitions: each link has one, and says where the next link is.
-fn logical(disk: &Disk, extended: Slot, table: &mut PartitionTable, structures: &mut Vec<Structure>) -> Result<()> {
+fn logical(disk: &Seen<'_>, extended: Slot, table: &mut PartitionTable, structures: &mut Vec<Structure>) -> Result<()> {
     let end = extended.start + extended.len;
-    if extended.start == 0 || end > disk.size() / SECTOR {
-        table.doubt(format!("the extended partition ends at sector {end}, the disk has {}", disk.size() / SECTOR));
+    if extended.start == 0 || end > disk.size / SECTOR {
+        table.doubt(format!("the extended partition ends at sector {end}, the disk has {}", disk.size / SECTOR));
     }
     let mut at = extended.start;
     let mut sector = [0; SECTOR as usize];
     for number in 5..5 + MAX_PARTITIONS as u32 {
-        if at >= disk.size() / SECTOR {
+        if at >= disk.size / SECTOR {
             table.doubt(format!("logical partition {number} would be described at sector {at}, beyond the disk"));
             return Ok(());
         }

@@ -83,6 +83,18 @@ pub struct PartitionTable {
     pub doubt: Option<String>,
 }
 
+/// The first bytes of a disk: it may be larger by now.
+struct Seen<'a> {
+    disk: &'a Disk,
+    size: u64,
+}
+
+impl Seen<'_> {
+    fn read_at(&self, bytes: &mut [u8], at: u64) -> Result<()> {
+        self.disk.read_at(bytes, at)
+    }
+}
+
 /// A part of the disk that describes partitions, and so is in none.
 struct Structure {
     range: Range<u64>,
@@ -95,10 +107,15 @@ impl PartitionTable {
     /// # Errors
     /// As the disk can't be read; what is wrong with the table is a problem, no error.
     pub fn read(disk: &Disk) -> Result<Self> {
+        Self::read_of(&Seen { disk, size: disk.size() })
+    }
+
+    /// Reads the table of a disk as it was when it had another size.
+    fn read_of(disk: &Seen<'_>) -> Result<Self> {
         let mut table = Self { kind: TableKind::None, partitions: Vec::new(), problems: Vec::new(), doubt: None };
         let mut sector = [0; SECTOR as usize];
         disk.read_at(&mut sector, 0)?;
-        let slots = mbr::slots(&sector, disk.size());
+        let slots = mbr::slots(&sector, disk.size);
         let mut structures = Vec::new();
         if slots.as_ref().is_none_or(|slots| slots.iter().any(|slot| slot.kind == mbr::PROTECTIVE))
             && let Some(gpt) = gpt::read(disk, slots.as_ref(), &mut table)?
@@ -138,8 +155,8 @@ impl PartitionTable {
     }
 
     /// Takes a partition as the table has it, if it is inside the disk.
-    fn add(&mut self, disk: &Disk, number: u32, sector: u64, sectors: Range<u64>, kind: PartitionType, name: String) {
-        let all = disk.size() / sector;
+    fn add(&mut self, disk: &Seen<'_>, number: u32, sector: u64, sectors: Range<u64>, kind: PartitionType, name: String) {
+        let all = disk.size / sector;
         if sectors.start >= sectors.end || sectors.start == 0 {
             self.doubt(format!("partition {number} begins at sector {} and has none", sectors.start));
         } else if sectors.end > all {

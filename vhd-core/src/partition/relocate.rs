@@ -1,6 +1,6 @@
 //! A GPT follows the end of its disk: its backup belongs into the last sectors.
 
-use super::{Gpt, OtherCopy, PartitionTable, TableKind};
+use super::{Gpt, OtherCopy, PartitionTable, Seen, TableKind};
 use crate::block::{Disk, ZeroMode};
 use crate::error::Result;
 use crate::format::SECTOR;
@@ -20,13 +20,13 @@ pub fn will_move_gpt(table: &PartitionTable, size: u64) -> bool {
     movable(table, size).is_some()
 }
 
-/// Moves the backup of a GPT to where a disk of `size` bytes ends. Whichever header is whole counts at each point. True when
-/// there was one to move.
+/// Moves the backup of a GPT, on a disk that had `from` bytes, to where one of `size` bytes ends. Whichever header is whole
+/// counts at each point. True when there was one to move.
 ///
 /// # Errors
 /// As the disk can't be read or written.
-pub fn move_gpt(disk: &Disk, size: u64) -> Result<bool> {
-    let table = PartitionTable::read(disk)?;
+pub fn move_gpt(disk: &Disk, from: u64, size: u64) -> Result<bool> {
+    let table = PartitionTable::read_of(&Seen { disk, size: from.min(disk.size()) })?;
     let Some(gpt) = movable(&table, size) else { return Ok(false) };
     let mut first_sector = [0; SECTOR as usize];
     disk.read_at(&mut first_sector, 0)?;
