@@ -480,6 +480,9 @@ fn nothing_is_free_where_a_partition_table_is_in_doubt() {
     scene.is_left_alone("mbr.img", "overlaps the description");
     put(&disk, extended, &master_boot_record(&[(0x83, 512, 4096)]));
     scene.is_compacted("mbr.img");
+    // A table that is none, as its partition begins beyond the end: the disk as a whole is no file system for that.
+    scene.over_stale("whole.img", &[(0, master_boot_record(&[(0x83, 2 * SIZE, MIB)]))], false);
+    scene.is_left_alone("whole.img", "partition table");
     // An old GPT at the end of a disk with an MBR.
     put(&disk, beyond - 512, b"EFI PART");
     scene.is_left_alone("mbr.img", "GPT");

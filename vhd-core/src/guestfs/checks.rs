@@ -145,7 +145,7 @@ pub(super) fn minix(looked: &Looked<'_>, at: u64) -> Found<bool> {
 }
 
 pub(super) fn master_boot_record(looked: &Looked<'_>, at: u64) -> Found<bool> {
-    Ok(looked.bytes(at, SECTOR)?.is_some_and(|sector| is_table(&sector, looked.len())))
+    Ok(looked.bytes(at, SECTOR)?.is_some_and(|sector| is_table(&sector)))
 }
 
 /// A driver descriptor, and the map's first entry in the block behind it.

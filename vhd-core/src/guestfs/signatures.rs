@@ -319,3 +319,63 @@ impl Signature {
         Ok(false)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write;
+    use std::path::Path;
+
+    use super::*;
+
+    /// The rows of docs/free-space.md: those of one name together.
+    fn table() -> String {
+        let mut table = String::from("\n| signature | at | why |\n|---|---|---|\n");
+        let mut done: Vec<&str> = Vec::new();
+        for signature in SIGNATURES {
+            if done.contains(&signature.name) {
+                continue;
+            }
+            done.push(signature.name);
+            let mut places = Vec::new();
+            for place in SIGNATURES.iter().filter(|other| other.name == signature.name).flat_map(|other| other.places) {
+                let place = match *place {
+                    Front(at) => format!("{at}"),
+                    Back(before, _, 0) => format!("-{before}"),
+                    Back(before, _, then) => format!("-{before} + {then}"),
+                };
+                if !places.contains(&place) {
+                    places.push(place);
+                }
+            }
+            let star = if signature.owner == Owner::Files { "*" } else { "" };
+            let _ = writeln!(table, "| {}{star} | {} | {} |", signature.name, places.join(", "), signature.owner.reason());
+        }
+        table.push('\n');
+        table
+    }
+
+    #[test]
+    fn the_documents_list_every_signature() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/free-space.md");
+        let page = std::fs::read_to_string(&path).unwrap();
+        let (head, rest) = page.split_once("<!-- signatures -->\n").unwrap();
+        let (told, tail) = rest.split_once("<!-- end -->\n").unwrap();
+        if std::env::var_os("DOCS_UPDATE").is_some() {
+            std::fs::write(&path, format!("{head}<!-- signatures -->\n{}<!-- end -->\n{tail}", table())).unwrap();
+        } else {
+            assert!(told == table(), "DOCS_UPDATE=1 writes the table of docs/free-space.md anew");
+        }
+    }
+
+    #[test]
+    fn a_place_before_the_end_is_inside_or_none() {
+        for len in [0, 1, 511, 512, 4095, 65_536, 65_537, 1 << 20, (1 << 20) + 512] {
+            for place in SIGNATURES.iter().flat_map(|signature| signature.places) {
+                if let Back(before, unit, then) = *place {
+                    let at = place.on(len);
+                    assert!(at.is_none_or(|at| at <= len && at >= then), "{len}: {before} {unit} {then}");
+                }
+            }
+        }
+    }
+}

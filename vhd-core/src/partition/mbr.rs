@@ -29,9 +29,9 @@ impl Slot {
         self.kind != 0 && self.len > 0
     }
 
-    /// True when it is a part, but not all, of so many sectors.
-    pub(super) fn is_within(self, sectors: u64) -> bool {
-        self.start > 0 && self.start + self.len <= sectors
+    /// True when it does not begin at the sector that has it.
+    pub(super) fn is_partition(self) -> bool {
+        self.is_used() && self.start > 0
     }
 
     fn is_extended(self) -> bool {

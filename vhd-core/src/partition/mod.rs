@@ -183,10 +183,9 @@ impl PartitionTable {
     }
 }
 
-/// True when a sector, the first of a partition of `len` bytes, is a partition table in it.
-pub(crate) fn is_table(sector: &[u8], len: u64) -> bool {
-    let inside = |slot: &mbr::Slot| slot.is_used() && slot.is_within(len / SECTOR);
-    mbr::slots(sector, len).is_some_and(|slots| slots.iter().any(inside))
+/// True when a sector, the first of what should have no partitions, looks like a master boot record, wherever these lie.
+pub(crate) fn is_table(sector: &[u8]) -> bool {
+    mbr::slots(sector, u64::MAX).is_some_and(|slots| slots.iter().any(|slot| slot.is_partition()))
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
