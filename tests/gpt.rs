@@ -93,6 +93,17 @@ fn every_change_of_the_size_takes_the_backup_of_a_gpt_along() {
             done(dir, "convert new.vhd back.img --overwrite");
             verify(&dir.join("back.img"), &source, sector);
         }
+        // What only has its backup gets its first table again: beyond the old end nobody would look for that.
+        let damaged = dir.join("damaged.img");
+        fs::copy(&source, &damaged).unwrap();
+        File::options().write(true).open(&damaged).unwrap().write_all_at(&[0; 512], sector).unwrap();
+        done(dir, "convert damaged.img new.vhd --size 100M --overwrite");
+        done(dir, "convert new.vhd back.img --overwrite");
+        verify(&dir.join("back.img"), &source, sector);
+        done(dir, "convert damaged.img new.vhd --overwrite");
+        done(dir, "resize new.vhd 100M");
+        done(dir, "convert new.vhd back.img --overwrite");
+        verify(&dir.join("back.img"), &source, sector);
         done(dir, "convert disk.img back.img --align 4M --overwrite");
         verify(&dir.join("back.img"), &source, sector);
         // Over another image, whose old content goes.

@@ -483,6 +483,11 @@ fn nothing_is_free_where_a_partition_table_is_in_doubt() {
     // A table that is none, as its partition begins beyond the end: the disk as a whole is no file system for that.
     scene.over_stale("whole.img", &[(0, master_boot_record(&[(0x83, 2 * SIZE, MIB)]))], false);
     scene.is_left_alone("whole.img", "partition table");
+    // One with no partition that is on the disk, and an empty one.
+    scene.over_stale("none.img", &[(0, master_boot_record(&[(0x83, 512, 2 * SIZE)]))], false);
+    scene.is_left_alone("none.img", "the disk has");
+    run("sgdisk", &["-o", scene.empty("none.img", SIZE).to_str().unwrap()]);
+    scene.is_left_alone("none.img", "no partitions");
     // An old GPT at the end of a disk with an MBR.
     put(&disk, beyond - 512, b"EFI PART");
     scene.is_left_alone("mbr.img", "GPT");
@@ -492,7 +497,7 @@ fn nothing_is_free_where_a_partition_table_is_in_doubt() {
 #[test]
 fn a_system_that_sleeps_in_one_partition_keeps_all_of_the_disk() {
     let Some(scene) = Scene::new() else { return };
-    if ["sgdisk", "mkswap"].map(require).iter().any(Option::is_none) {
+    if ["sgdisk", "mkswap", "mkfs.ntfs", "ntfscp"].map(require).iter().any(Option::is_none) {
         return;
     }
     let swap = scene.empty("swap.img", 4 * MIB);
@@ -502,6 +507,20 @@ fn a_system_that_sleeps_in_one_partition_keeps_all_of_the_disk() {
     scene.is_compacted("disk.img");
     assert_eq!(scene.compacted("disk.img")["free_space"][1]["file_system"], "swap");
     put(&disk, START + SIZE + 4086, b"S1SUSPEND\0");
+    scene.is_left_alone("disk.img", "a hibernated system is in partition 2");
+    // A Windows, also one that was shut down with fast startup.
+    let windows = scene.empty("windows.img", 4 * MIB);
+    run("mkfs.ntfs", &["-F", "-Q", "-q", windows.to_str().unwrap()]);
+    let with_windows = || {
+        let disk = with_gpt(&scene, "disk.img", &["8300", "0700"]);
+        put_file(&disk, START + SIZE, &windows);
+    };
+    with_windows();
+    scene.is_compacted("disk.img");
+    let memory = scene.path().join("hiberfil.sys");
+    fs::write(&memory, [b"HIBR", &[7; 9000][..]].concat()).unwrap();
+    run("ntfscp", &["-f", windows.to_str().unwrap(), memory.to_str().unwrap(), "hiberfil.sys"]);
+    with_windows();
     scene.is_left_alone("disk.img", "a hibernated system is in partition 2");
 }
 

@@ -67,6 +67,11 @@ pub fn free_space(disk: &Disk) -> Result<FreeSpace> {
         return Ok(found);
     }
     let survey = Survey::of(disk, &table)?;
+    if table.partitions.is_empty() {
+        let why = survey.everywhere.unwrap_or_else(|| "its partition table has no partitions".to_owned());
+        found.places.push(Place { partition: None, range: 0..disk.size(), file_system: None, free: Err(why) });
+        return Ok(found);
+    }
     for partition in &table.partitions {
         let number = Some(partition.number);
         let place = match survey.doubt(partition.number).or_else(|| owners::damaged_copy(&table)) {

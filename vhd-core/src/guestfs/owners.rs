@@ -9,7 +9,7 @@ use crate::partition::{OtherCopy, PartitionTable, PartitionType, Purpose, TableK
 /// What is known of a disk with a partition table, whatever is in a single partition.
 pub(super) struct Survey {
     /// Why nothing on it is beyond doubt.
-    everywhere: Option<String>,
+    pub(super) everywhere: Option<String>,
     /// The partition in which a system sleeps: in its memory may be what others hold.
     sleeper: Option<u32>,
 }
