@@ -214,6 +214,8 @@ fn a_bad_table_is_told_in_a_file_and_what_is_good_of_it_is_shown() {
     let said = refused(folder, "mount --fs a.vhd:p7 disk");
     assert!(said.contains("p7") && said.contains("p1 p2"), "{said}");
     let said = refused(folder, "mount --fs a.vhd:p1 disk");
+    assert!(said.contains("in doubt"), "{said}");
+    let said = refused(folder, "mount --fs --read-only a.vhd:p1 disk");
     assert!(said.contains("no file system"), "{said}");
 }
 

@@ -13,6 +13,7 @@ use vhd_core::format::{Creator, DEFAULT_BLOCK_SIZE, DiskType, Timestamp};
 use vhd_core::image::{CreateOptions, Image, NewKind, OpenOptions, create};
 use vhd_core::ops::copy::{copy, read_from, read_to_file, write_to};
 use vhd_core::ops::in_place::InPlaceOptions;
+use vhd_core::partition::move_gpt;
 use vhd_core::storage::{Access, FileStorage, LocalHost, LockMode, Storage, rehearse_replace, replace_file};
 use vhd_core::{Disk, Error, ErrorKind, Progress};
 
@@ -297,6 +298,10 @@ impl ConvertArgs {
         };
         if !target_is_zero && filled < size {
             target.zero(filled..size, ZeroMode::Free)?;
+        }
+        if filled < size {
+            // What ended the source belongs at the end of a larger disk.
+            move_gpt(target, filled, size)?;
         }
         Ok(())
     }

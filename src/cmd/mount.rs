@@ -13,6 +13,7 @@ use std::process::{Command, Stdio};
 use clap::Args;
 use serde_json::{Value, json};
 use vhd_core::chain::ChainOptions;
+use vhd_core::guestfs::refuse_writes;
 use vhd_core::ops::undo;
 use vhd_core::partition::{PartitionTable, PartitionType};
 use vhd_core::{Disk, Error, ErrorKind, LiveDisk};
@@ -106,7 +107,7 @@ impl MountArgs {
         drop(lethal);
         let (disk, metrics) = control::counted(&live);
         let (mounted, by) = match self.fs {
-            true => self.mount_inside(&disk, &wanted)?,
+            true => self.mount_inside(&disk, &wanted, context)?,
             false => (vhd_fuse::mount(contents(&live, disk)?, &self.target, &wanted.options)?, None),
         };
         let target = self.target.canonicalize().unwrap_or_else(|_| self.target.clone());
@@ -172,9 +173,10 @@ impl MountArgs {
     }
 
     /// Mounts the disk where only this user sees it, and the file system of a partition on the target.
-    fn mount_inside(&self, disk: &Disk, wanted: &Wanted) -> Result<(Mounted, Option<String>), Error> {
+    fn mount_inside(&self, disk: &Disk, wanted: &Wanted, context: &Context) -> Result<(Mounted, Option<String>), Error> {
         let table = partitions(disk)?;
         let name = file_with(&table, wanted)?;
+        let doubt = refuse_foreign(disk, &name, wanted)?;
         let hidden = runtime::folder()?.join(format!("fs-{}", std::process::id()));
         std::fs::create_dir(&hidden).map_err(|error| Error::io(error, "can't be made to mount on").at(&hidden))?;
         let mut options = wanted.options.clone();
@@ -194,6 +196,9 @@ impl MountArgs {
             Some(path) if path.starts_with(&hidden) => error.about(&wanted.image),
             _ => error,
         });
+        if let (Ok(_), Some(doubt)) = (&named, doubt) {
+            context.note(&doubt);
+        }
         named.inspect_err(|_| drop(std::fs::remove_dir(&hidden)))
     }
 
@@ -271,11 +276,7 @@ fn contents(live: &LiveDisk, disk: Disk) -> Result<Contents, Error> {
 /// The partitions, without one that only stands for a GPT.
 fn partitions(disk: &Disk) -> Result<PartitionTable, Error> {
     let mut table = PartitionTable::read(disk)?;
-    let count = table.partitions.len();
     table.partitions.retain(|partition| partition.kind != PartitionType::Mbr(PROTECTIVE));
-    if table.partitions.len() < count && table.problems.is_empty() {
-        table.problems.push("the first sector says that there is a GPT, and there is none".to_owned());
-    }
     Ok(table)
 }
 
@@ -304,6 +305,18 @@ fn file_with(table: &PartitionTable, wanted: &Wanted) -> Result<String, Error> {
         (None, [one]) => Ok(one.clone()),
         (None, several) => refused(format!("has {} partitions, so say which with :pN: {}", several.len(), several.join(" "))),
     }
+}
+
+/// Refuses to write what may be somebody else's. To look at it harms nobody, but may show what is not so: that is returned.
+fn refuse_foreign(disk: &Disk, name: &str, wanted: &Wanted) -> Result<Option<String>, Error> {
+    let number = name.strip_prefix('p').and_then(|number| number.parse().ok());
+    let Some(why) = refuse_writes(disk, number)? else { return Ok(None) };
+    let place = number.map_or("the disk as a whole".to_owned(), |_| format!("partition {name}"));
+    if wanted.options.read_only {
+        return Ok(Some(format!("{}: {place}: {why}; what is shown of it may be old, or a part", wanted.image.display())));
+    }
+    let message = format!("{place} is not mounted to be written: {why}; --read-only shows it");
+    Err(Error::new(ErrorKind::Refused, message).at(&wanted.image))
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, Error> {

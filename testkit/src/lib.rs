@@ -22,6 +22,7 @@ pub mod fault;
 pub mod fault_host;
 pub mod fixture;
 pub mod folder;
+pub mod foreign;
 pub mod fuzz;
 pub mod history;
 pub mod judge;

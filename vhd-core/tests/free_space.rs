@@ -17,6 +17,7 @@ use tempfile::TempDir;
 use vhd_core::chain::Chain;
 use vhd_core::guestfs::{FreeSpace, Place, free_space};
 use vhd_core::{Disk, Error};
+use vhd_testkit::foreign;
 use vhd_testkit::fuzz::{tell_disk, told_disk};
 use vhd_testkit::tools::{Tool, require};
 
@@ -357,6 +358,46 @@ fn each_partition_is_looked_at_and_doubtful_ones_are_left_alone() {
     // A table that was not.
     made.put(1024, &ext.get::<1024>(1024));
     assert!(made.free().places.iter().all(|place| place.free.clone().unwrap_err().contains("remnant")));
+}
+
+/// The corpus has an owner of each kind of those that are not read, on a disk and in a partition, and over an ext4.
+#[test]
+fn the_fuzz_corpus_tells_other_owners() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus/guest_fs");
+    let ext4 = told_disk(&fs::read(folder.join("ext4")).unwrap());
+    let size = ext4.len() as u64;
+    let wanted = [
+        "md 0.90",
+        "DRBD 8.3",
+        "VIA",
+        "Silicon",
+        "JMicron",
+        "Storage Spaces",
+        "LVM1",
+        "bcachefs",
+        "BitLocker To Go",
+        "swsusp",
+        "HFS+",
+        "UFS",
+        "GFS2",
+        "an MBR",
+        "the end of a GPT",
+        "Sun",
+        "Apple",
+    ];
+    for (index, owner) in foreign::all(size).into_iter().filter(|owner| wanted.contains(&owner.name)).enumerate() {
+        let mut disk = if index % 2 == 0 { ext4.clone() } else { vec![0; ext4.len()] };
+        for (at, bytes) in owner.pieces {
+            disk[at as usize..][..bytes.len()].copy_from_slice(&bytes);
+        }
+        let path = folder.join(format!("owner-{}", owner.name.replace(' ', "-").replace('+', "plus")));
+        if std::env::var_os("CORPUS_UPDATE").is_some() {
+            fs::write(&path, tell_disk(&disk)).unwrap();
+        }
+        let again = Made::new(MIB);
+        fs::write(&again.path, told_disk(&fs::read(&path).unwrap())).unwrap();
+        assert!(again.free().places.iter().all(|place| place.free.is_err()), "{}: {:?}", owner.name, again.free());
+    }
 }
 
 /// The corpus of the fuzz target `guest_fs` begins with sound file systems; `CORPUS_UPDATE=1` writes them anew.

@@ -232,6 +232,9 @@ fn verify(path: &Path) {
     std::fs::write(&raw, read_all(&open(path, false))).unwrap();
     let said = sgdisk.run(&["--verify", raw.to_str().unwrap()]).unwrap();
     assert!(said.contains("No problems found"), "{said}");
+    // It says so of a disk without a table, too.
+    let said = sgdisk.run(&["--print", raw.to_str().unwrap()]).unwrap();
+    assert!(said.contains("data"), "{said}");
 }
 
 #[test]

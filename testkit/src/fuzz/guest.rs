@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use vhd_core::Disk;
 use vhd_core::chain::{Chain, Layer, RawFile};
-use vhd_core::guestfs::free_space;
+use vhd_core::guestfs::{free_space, refuse_writes};
 use vhd_core::storage::MemoryStorage;
 
 use super::Input;
@@ -61,7 +61,7 @@ pub fn tell_disk(disk: &[u8]) -> Vec<u8> {
 /// Target `guest_fs`: what is free on a disk of any content.
 ///
 /// # Panics
-/// When what is free is not inside what it was found in, or is not the same twice.
+/// When what is free is not inside what it was found in, is not the same twice, or is where nothing may be written.
 pub fn guest_fs(data: &[u8]) {
     let storage = Arc::new(MemoryStorage::new(told_disk(data)));
     let raw = RawFile::new(storage, Path::new("fuzzed.img"), true).expect("memory can be examined");
@@ -77,4 +77,8 @@ pub fn guest_fs(data: &[u8]) {
     let told: u64 = trusted.iter().filter_map(|place| place.free.as_ref().ok()).sum();
     assert_eq!(told, free.ranges.iter().map(|range| range.end - range.start).sum::<u64>());
     assert!(free_space(&disk).expect("memory can be read") == free);
+    for place in &free.places {
+        let refused = refuse_writes(&disk, place.partition).expect("memory can be read");
+        assert!(place.free.is_err() || refused.is_none(), "free, and not to be written: {place:?}, {refused:?}");
+    }
 }

@@ -97,7 +97,7 @@ pub(super) fn recognise(volume: &Volume<'_>) -> Found<Option<Recognised>> {
         let superblock = Superblock::parse(&bytes, volume.len())?;
         Ok(Box::new(Ext { groups: Groups::read(volume, superblock)?, last: None }))
     };
-    Ok(Some(Recognised { name, system: open() }))
+    Ok(Some(Recognised::system(name, open())))
 }
 
 impl Superblock {

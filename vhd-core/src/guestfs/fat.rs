@@ -48,7 +48,7 @@ pub(super) fn recognise(volume: &Volume<'_>) -> Found<Option<Recognised>> {
     }
     let fat = match Fat::open(volume, &boot, sector) {
         Ok(fat) => fat,
-        Err(problem) => return Ok(Some(Recognised { name: "FAT", system: Err(problem) })),
+        Err(problem) => return Ok(Some(Recognised::system("FAT", Err(problem)))),
     };
     let name = match fat.width {
         Width::Fat12 => "FAT12",
@@ -56,7 +56,7 @@ pub(super) fn recognise(volume: &Volume<'_>) -> Found<Option<Recognised>> {
         Width::Fat32 => "FAT32",
     };
     let system = fat.clean(volume, &boot).map(|()| Box::new(fat) as Box<dyn FileSystem>);
-    Ok(Some(Recognised { name, system }))
+    Ok(Some(Recognised::system(name, system)))
 }
 
 impl Fat {

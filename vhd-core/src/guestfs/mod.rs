@@ -1,25 +1,32 @@
 //! What the file systems of a guest say is free, read from their own bitmaps without mounting them.
 //!
 //! What is called free here is lost, so every doubt is a reason to leave a partition alone: a file system that was not
-//! left clean, a feature that is not known, a count that does not agree, two that claim the same place. Images are
-//! untrusted: all that is read is bounded by what the image holds.
+//! left clean, a feature that is not known, a count that does not agree, two that claim the same place, a type of the
+//! partition that says another owner. Whose a place is (`owners`) is also asked before a file system inside is mounted to be
+//! written. Images are untrusted: all that is read is bounded by what the image holds.
 
 #![allow(clippy::little_endian_bytes, reason = "these file systems are little-endian")]
 
+mod checks;
 mod ext;
 mod ext_groups;
 mod fat;
 mod ntfs;
 mod ntfs_record;
-mod others;
+mod owners;
+mod signatures;
 mod swap;
+
+pub use owners::refuse_writes;
 
 use std::ops::Range;
 
 use crate::block::{Disk, ExtentState};
 use crate::error::{Error, Result};
 use crate::format::SECTOR;
-use crate::partition::{PartitionTable, TableKind};
+use crate::partition::{Partition, PartitionTable, TableKind};
+use owners::{Survey, refuse_type};
+use signatures::{Looked, Owner};
 
 /// Bytes of one of a file system's structures that are read at once at most.
 const MAX_READ: usize = 32 << 20;
@@ -53,29 +60,25 @@ pub struct Place {
 pub fn free_space(disk: &Disk) -> Result<FreeSpace> {
     let held = held_by_leaf(disk)?;
     let table = PartitionTable::read(disk)?;
-    let whole = Volume { disk, range: 0..disk.size() };
     let mut found = FreeSpace::default();
     if table.kind == TableKind::None {
+        let whole = Volume { disk, range: 0..disk.size() };
         found.places.push(examine(&whole, None, &held, &mut found.ranges)?);
         return Ok(found);
     }
-    let remnant = recognise(&whole)?.first().map(|found| found.name);
+    let survey = Survey::of(disk, &table)?;
+    if table.partitions.is_empty() {
+        let why = survey.everywhere.unwrap_or_else(|| "its partition table has no partitions".to_owned());
+        found.places.push(Place { partition: None, range: 0..disk.size(), file_system: None, free: Err(why) });
+        return Ok(found);
+    }
     for partition in &table.partitions {
-        let others = table.partitions.iter().filter(|other| other.number != partition.number);
-        let overlapping =
-            others.clone().find(|other| other.range.start < partition.range.end && partition.range.start < other.range.end);
-        let refused = match (remnant, overlapping) {
-            (Some(name), _) => Some(format!("the disk as a whole looks like {name}, so its partition table may be a remnant")),
-            (None, Some(other)) => Some(format!("it overlaps partition {}", other.number)),
-            (None, None) => None,
-        };
-        let place = match refused {
-            Some(why) => {
-                Place { partition: Some(partition.number), range: partition.range.clone(), file_system: None, free: Err(why) }
-            }
+        let number = Some(partition.number);
+        let place = match survey.doubt(partition.number).or_else(|| owners::damaged_copy(&table)) {
+            Some(why) => Place { partition: number, range: partition.range.clone(), file_system: None, free: Err(why) },
             None => {
                 let volume = Volume { disk, range: partition.range.clone() };
-                examine(&volume, Some(partition.number), &held, &mut found.ranges)?
+                examine(&volume, Some(partition), &held, &mut found.ranges)?
             }
         };
         found.places.push(place);
@@ -108,20 +111,29 @@ fn held_by_leaf(disk: &Disk) -> Result<Vec<Range<u64>>> {
 }
 
 /// Looks at one place, and adds what is free there.
-fn examine(volume: &Volume<'_>, partition: Option<u32>, held: &[Range<u64>], ranges: &mut Vec<Range<u64>>) -> Result<Place> {
-    let mut place = Place { partition, range: volume.range.clone(), file_system: None, free: Ok(0) };
+fn examine(
+    volume: &Volume<'_>,
+    partition: Option<&Partition>,
+    held: &[Range<u64>],
+    ranges: &mut Vec<Range<u64>>,
+) -> Result<Place> {
+    let number = partition.map(|partition| partition.number);
+    let mut place = Place { partition: number, range: volume.range.clone(), file_system: None, free: Ok(0) };
     let mut all = recognise(volume)?;
     let free = match all.len() {
         0 => Err("no file system that is known here".to_owned()),
         1 => {
-            let found = all.remove(0);
-            place.file_system = Some(found.name);
-            found.system.and_then(|mut system| collect(volume, &mut *system, held)).or_else(Problem::reason)?
+            let Recognised { name, what } = all.remove(0);
+            place.file_system = Some(name);
+            match (what, partition.and_then(|partition| refuse_type(partition.kind, name))) {
+                (What::Owned(owner), _) => Err(owner.reason().to_owned()),
+                (What::System(_), Some(why)) => Err(why),
+                (What::System(system), None) => {
+                    system.and_then(|mut system| collect(volume, &mut *system, held)).or_else(Problem::reason)?
+                }
+            }
         }
-        _ => {
-            let names: Vec<_> = all.iter().map(|found| found.name).collect();
-            Err(format!("it looks like {} at once", names.join(" and ")))
-        }
+        _ => Err(at_once(&all)),
     };
     place.free = free.map(|free| {
         let bytes = free.iter().map(|range| range.end - range.start).sum();
@@ -129,6 +141,12 @@ fn examine(volume: &Volume<'_>, partition: Option<u32>, held: &[Range<u64>], ran
         bytes
     });
     Ok(place)
+}
+
+/// Says that a place looks like several things.
+fn at_once(all: &[Recognised]) -> String {
+    let names: Vec<_> = all.iter().map(|found| found.name).collect();
+    format!("it looks like {} at once", names.join(" and "))
 }
 
 type Free = Result<Vec<Range<u64>>, String>;
@@ -156,17 +174,30 @@ fn collect(volume: &Volume<'_>, system: &mut dyn FileSystem, held: &[Range<u64>]
     Ok(Ok(free))
 }
 
-/// A file system that was recognised: its name, and how to read it or why not.
+/// What was recognised.
 struct Recognised {
     name: &'static str,
-    system: Found<Box<dyn FileSystem>>,
+    what: What,
 }
 
-/// All that a volume may be: more than one where an old file system was not wiped.
+/// What a place may be.
+enum What {
+    /// A file system that is read here: how, or why not.
+    System(Found<Box<dyn FileSystem>>),
+    /// Somebody's whose space is not read here.
+    Owned(Owner),
+}
+
+impl Recognised {
+    fn system(name: &'static str, system: Found<Box<dyn FileSystem>>) -> Self {
+        Self { name, what: What::System(system) }
+    }
+}
+
+/// All that a volume may be: more than one where what was there before was not wiped.
 fn recognise(volume: &Volume<'_>) -> Result<Vec<Recognised>> {
-    let all = [ext::recognise, ntfs::recognise, fat::recognise, swap::recognise, others::recognise];
     let mut found = Vec::new();
-    for recognise in all {
+    for recognise in [ext::recognise, ntfs::recognise, fat::recognise, swap::recognise] {
         match recognise(volume) {
             Ok(recognised) => found.extend(recognised),
             Err(Problem::Host(error)) => return Err(error),
@@ -174,7 +205,18 @@ fn recognise(volume: &Volume<'_>) -> Result<Vec<Recognised>> {
             Err(Problem::Doubt(_)) => {}
         }
     }
-    Ok(found)
+    match Looked::new(volume).and_then(|looked| looked.signatures()) {
+        Ok(signatures) => {
+            found.extend(signatures.iter().map(|found| Recognised { name: found.name, what: What::Owned(found.owner) }));
+            Ok(found)
+        }
+        Err(Problem::Host(error)) => Err(error),
+        // All that is looked for is inside the volume, so that this does not happen.
+        Err(Problem::Doubt(_)) => {
+            found.push(Recognised { name: "something else", what: What::Owned(Owner::Other("it can't be looked at")) });
+            Ok(found)
+        }
+    }
 }
 
 /// A file system whose bitmaps can be trusted.

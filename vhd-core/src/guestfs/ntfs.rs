@@ -43,11 +43,19 @@ pub(super) fn recognise(volume: &Volume<'_>) -> Found<Option<Recognised>> {
     let open = || -> Found<Box<dyn FileSystem>> {
         let mut ntfs = Ntfs::open(&boot, volume.len())?;
         ntfs.refuse_dirty(volume)?;
-        ntfs.refuse_sleeping(volume, &boot)?;
+        if ntfs.is_asleep(volume, &boot)? {
+            return doubt("a Windows that hibernates, or was shut down with fast startup, is in it; shut it down for good");
+        }
         ntfs.read_bitmap(volume)?;
         Ok(Box::new(ntfs))
     };
-    Ok(Some(Recognised { name: "NTFS", system: open() }))
+    Ok(Some(Recognised::system("NTFS", open())))
+}
+
+/// True when a Windows sleeps in an NTFS.
+pub(super) fn sleeps(volume: &Volume<'_>) -> Found<bool> {
+    let boot = volume.read(0, 512)?;
+    Ok(boot[3..11] == *b"NTFS    " && Ntfs::open(&boot, volume.len())?.is_asleep(volume, &boot)?)
 }
 
 /// A size that a boot sector has in units, or as a negative power of two in bytes.
@@ -114,21 +122,18 @@ impl Ntfs {
     }
 
     /// A system that sleeps has the state of its file systems in memory, which the disk knows nothing of.
-    fn refuse_sleeping(&self, volume: &Volume<'_>, boot: &[u8]) -> Found<()> {
+    fn is_asleep(&self, volume: &Volume<'_>, boot: &[u8]) -> Found<bool> {
         let root = self.system_file(volume, ROOT)?;
         let index_len = size_of(boot[68], self.unit);
-        let Some(number) = self.find_sleeper(volume, &root, index_len)? else { return Ok(()) };
+        let Some(number) = self.find_sleeper(volume, &root, index_len)? else { return Ok(false) };
         let table = self.data_of(&self.system_file(volume, MFT)?, "its table of files")?;
         let record = table.read(volume, self.unit, number.saturating_mul(self.record), self.record)?;
         let start = match Record::parse(record, number)?.value(DATA, "")? {
             Some(Value::Stream(stream)) if stream.len >= 4 => stream.read(volume, self.unit, 0, 4)?,
             Some(Value::Resident(value)) => value,
-            _ => return Ok(()),
+            _ => return Ok(false),
         };
-        match start.iter().take(4).all(|byte| *byte == 0) || start.to_ascii_lowercase().starts_with(b"wake") {
-            true => Ok(()),
-            false => doubt("a Windows that hibernates, or was shut down with fast startup, is in it; shut it down for good"),
-        }
+        Ok(!start.iter().take(4).all(|byte| *byte == 0) && !start.to_ascii_lowercase().starts_with(b"wake"))
     }
 
     /// The number of the record that hibernation goes to, wherever the root folder's index has it.

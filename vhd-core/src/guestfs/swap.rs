@@ -1,15 +1,13 @@
-//! Linux swap areas: but for the header all of one is free, unless a hibernated system is in it.
+//! Linux swap areas: but for the header all of one is free. One with a hibernated system in it has another signature.
 
 use std::ops::Range;
 
 use super::{FileSystem, Found, Recognised, Volume, doubt, u32_at};
 
 /// Sizes of a page on the machines that Linux runs on. The signature ends the first page.
-const PAGES: [u64; 4] = [4096, 8192, 16384, 65536];
+const PAGES: [u64; 5] = [4096, 8192, 16384, 32768, 65536];
 const SIGNATURE_LEN: u64 = 10;
 const SIGNATURE: &[u8] = b"SWAPSPACE2";
-/// In its place while a system is hibernated into the area: Linux, its user space tools, and an out-of-tree variant.
-const HIBERNATED: [&[u8]; 5] = [b"S1SUSPEND", b"S2SUSPEND", b"ULSUSPEND", b"LINHIB0001", b"\xED\xC3\x02\xE9\x98\x56\xE5\x0C"];
 /// Where the header begins.
 const HEADER: u64 = 1024;
 
@@ -21,12 +19,9 @@ struct Swap {
 pub(super) fn recognise(volume: &Volume<'_>) -> Found<Option<Recognised>> {
     for page in PAGES.into_iter().filter(|page| *page <= volume.len()) {
         let signature = volume.read(page - SIGNATURE_LEN, SIGNATURE_LEN)?;
-        if HIBERNATED.iter().any(|hibernated| signature.starts_with(hibernated)) {
-            return Ok(Some(Recognised { name: "swap", system: doubt("a hibernated system is in it") }));
-        }
         if signature == SIGNATURE {
             let system = open(volume, page).map(|swap| Box::new(swap) as Box<dyn FileSystem>);
-            return Ok(Some(Recognised { name: "swap", system }));
+            return Ok(Some(Recognised::system("swap", system)));
         }
     }
     Ok(None)

@@ -134,7 +134,7 @@ impl Open {
         }
         self.open_leaf_again(name)?;
         // Whichever of its headers is whole counts at each point.
-        resize::move_gpt(&Disk::of(Arc::clone(&self.chain) as Arc<dyn BlockDevice>), to)
+        crate::partition::move_gpt(&Disk::of(Arc::clone(&self.chain) as Arc<dyn BlockDevice>), from, to).map(drop)
     }
 
     /// Makes a fixed disk larger. Its data stay where they are, so when this fails the leaf as it is open is right still.

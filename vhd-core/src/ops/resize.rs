@@ -10,14 +10,14 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::copy::is_zero;
-use crate::block::{Disk, ExtentState, ZeroMode};
+use crate::block::{Disk, ExtentState};
 use crate::chain::{Chain, ChainOptions};
 use crate::command::Command;
 use crate::error::{Error, ErrorKind, Result, fail};
 use crate::format::{DiskType, MAX_CREATE_SIZE, SECTOR, Stage};
 use crate::image::{Footers, Image, OpenOptions};
 use crate::intent::{self, FooterMove, InPlace, Intent, Work, finish_resize, resize_fixed};
-use crate::partition::{Gpt, PartitionTable, TableKind};
+use crate::partition::{Gpt, PartitionTable, TableKind, move_gpt, will_move_gpt};
 use crate::progress::Progress;
 use crate::storage::{AlignedBuffer, FileStorage, LockMode, Storage};
 
@@ -101,7 +101,7 @@ pub fn resize(path: &Path, size: u64, options: &ResizeOptions, chain: &ChainOpti
     })?;
     let disk = Disk::new(opened);
     if !shrunk {
-        move_gpt(&disk, to)?;
+        move_gpt(&disk, resized.from, to)?;
     }
     disk.close()?;
     Ok(resized)
@@ -153,7 +153,7 @@ fn before(path: &Path, to: u64, options: &ResizeOptions, chain: &ChainOptions, r
         TableKind::Gpt(gpt) => Some(gpt),
         _ => None,
     };
-    resized.moves_gpt = gpt.is_some_and(|gpt| gpt.backup_at() != to / SECTOR - 1);
+    resized.moves_gpt = will_move_gpt(&table, to);
     if to >= disk.size() {
         return Ok(false);
     }
@@ -163,7 +163,7 @@ fn before(path: &Path, to: u64, options: &ResizeOptions, chain: &ChainOptions, r
     match in_the_way(&disk, to, &table, gpt.map(|gpt| &**gpt))? {
         None => {
             if !options.dry_run {
-                move_gpt(&disk, to)?;
+                move_gpt(&disk, disk.size(), to)?;
             }
         }
         Some(what) if options.discard_data => {
@@ -178,15 +178,13 @@ fn before(path: &Path, to: u64, options: &ResizeOptions, chain: &ChainOptions, r
 
 /// What a disk holds beyond `size` bytes, the backup of a GPT aside.
 fn in_the_way(disk: &Disk, size: u64, table: &PartitionTable, gpt: Option<&Gpt>) -> Result<Option<String>> {
-    let end = size.saturating_sub(gpt.map_or(0, Gpt::backup_len));
+    let end = gpt.map_or(size, |gpt| gpt.backup_on(size).unwrap_or(0));
     if let Some(partition) = table.partitions.iter().find(|partition| partition.range.end > end) {
         let at = partition.range.end;
         return Ok(Some(format!("partition {} ends at byte {at}, beyond the new end of {end} bytes", partition.number)));
     }
-    let backup = gpt.map_or(u64::MAX..u64::MAX, |gpt| {
-        let end = (gpt.backup_at() + 1) * SECTOR;
-        end.saturating_sub(gpt.backup_len())..end
-    });
+    // That which moves is not lost.
+    let backup = gpt.filter(|_| will_move_gpt(table, size)).map_or(u64::MAX..u64::MAX, Gpt::backup);
     Ok(first_data(disk, size..disk.size(), &backup)?
         .map(|at| format!("byte {at} holds data, beyond the new end of {size} bytes")))
 }
@@ -207,35 +205,6 @@ fn first_data(disk: &Disk, range: Range<u64>, but: &Range<u64>) -> Result<Option
         Ok(())
     })?;
     Ok(found)
-}
-
-/// Moves the backup of a GPT to where a disk of `size` bytes ends. Whichever header is whole counts at each point.
-pub(crate) fn move_gpt(disk: &Disk, size: u64) -> Result<()> {
-    let table = PartitionTable::read(disk)?;
-    let TableKind::Gpt(gpt) = &table.kind else { return Ok(()) };
-    if gpt.backup_at() == size / SECTOR - 1
-        || table.partitions.iter().any(|partition| partition.range.end > size - gpt.backup_len())
-    {
-        return Ok(());
-    }
-    let mut first_sector = [0; SECTOR as usize];
-    disk.read_at(&mut first_sector, 0)?;
-    let [backup, primary] = gpt.for_size(size, &first_sector);
-    let parts = if gpt.from_backup { [primary, backup.clone()] } else { [backup.clone(), primary] };
-    for part in parts {
-        part.iter().try_for_each(|(at, bytes)| disk.write_at(bytes, *at))?;
-        disk.flush()?;
-    }
-    // The old one would be found by programs that search.
-    let old_end = (gpt.backup_at() + 1) * SECTOR;
-    let start = backup.iter().map(|(at, _)| *at).min().unwrap_or(size);
-    let old = old_end.saturating_sub(gpt.backup_len())..old_end.min(disk.size());
-    let old = if size > old_end { old.start..old.end.min(start).max(old.start) } else { old.start.max(size)..old.end };
-    let is_free = !table.partitions.iter().any(|partition| partition.range.start < old.end && old.start < partition.range.end);
-    if is_free && !old.is_empty() {
-        disk.zero(old, ZeroMode::Free)?;
-    }
-    disk.flush()
 }
 
 fn is_fixed(storage: &Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result<bool> {

@@ -5,13 +5,17 @@
 
 mod gpt;
 mod mbr;
+mod relocate;
+mod types;
 
 use std::fmt;
 use std::ops::Range;
 
 use uuid::Uuid;
 
-pub use gpt::Gpt;
+pub use gpt::{Gpt, OtherCopy};
+pub use relocate::{move_gpt, will_move_gpt};
+pub use types::Purpose;
 
 use crate::block::Disk;
 use crate::error::Result;
@@ -19,6 +23,9 @@ use crate::format::SECTOR;
 
 /// Partitions that are listed at most: Linux makes no more device nodes of one disk.
 pub const MAX_PARTITIONS: usize = 256;
+
+/// Problems that are listed at most.
+const MAX_PROBLEMS: usize = 3 * MAX_PARTITIONS;
 
 /// What a table says a partition is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +78,27 @@ pub struct PartitionTable {
     pub partitions: Vec<Partition>,
     /// What is wrong with it, one sentence each.
     pub problems: Vec<String>,
+    /// The first of them that leaves it open whose a part of the disk is. (Others are that one copy of a GPT is damaged, or
+    /// not at the end of the disk.)
+    pub doubt: Option<String>,
+}
+
+/// The first bytes of a disk: it may be larger by now.
+struct Seen<'a> {
+    disk: &'a Disk,
+    size: u64,
+}
+
+impl Seen<'_> {
+    fn read_at(&self, bytes: &mut [u8], at: u64) -> Result<()> {
+        self.disk.read_at(bytes, at)
+    }
+}
+
+/// A part of the disk that describes partitions, and so is in none.
+struct Structure {
+    range: Range<u64>,
+    name: String,
 }
 
 impl PartitionTable {
@@ -79,19 +107,26 @@ impl PartitionTable {
     /// # Errors
     /// As the disk can't be read; what is wrong with the table is a problem, no error.
     pub fn read(disk: &Disk) -> Result<Self> {
-        let mut table = Self { kind: TableKind::None, partitions: Vec::new(), problems: Vec::new() };
+        Self::read_of(&Seen { disk, size: disk.size() })
+    }
+
+    /// Reads the table of a disk as it was when it had another size.
+    fn read_of(disk: &Seen<'_>) -> Result<Self> {
+        let mut table = Self { kind: TableKind::None, partitions: Vec::new(), problems: Vec::new(), doubt: None };
         let mut sector = [0; SECTOR as usize];
         disk.read_at(&mut sector, 0)?;
-        let slots = mbr::slots(&sector, disk.size());
+        let slots = mbr::slots(&sector, disk.size);
+        let mut structures = Vec::new();
         if slots.as_ref().is_none_or(|slots| slots.iter().any(|slot| slot.kind == mbr::PROTECTIVE))
-            && let Some(gpt) = gpt::read(disk, slots.is_some(), &mut table)?
+            && let Some(gpt) = gpt::read(disk, slots.as_ref(), &mut table)?
         {
+            structures = gpt.structures();
             table.kind = TableKind::Gpt(Box::new(gpt));
         } else if let Some(slots) = slots {
-            mbr::read(disk, &slots, &mut table)?;
+            structures = mbr::read(disk, &slots, &mut table)?;
             table.kind = TableKind::Mbr;
         }
-        table.find_overlaps();
+        table.find_overlaps(&structures);
         Ok(table)
     }
 
@@ -101,31 +136,56 @@ impl PartitionTable {
         self.partitions.iter().find(|partition| partition.number == number)
     }
 
-    /// Takes a partition as the table has it, if it is inside the disk.
-    fn add(&mut self, disk: &Disk, number: u32, sectors: Range<u64>, kind: PartitionType, name: String) {
-        if self.partitions.len() == MAX_PARTITIONS {
-            return;
-        }
-        let all = disk.size() / SECTOR;
-        if sectors.start >= sectors.end || sectors.start == 0 {
-            self.problems.push(format!("partition {number} begins at sector {} and has none", sectors.start));
-        } else if sectors.end > all {
-            self.problems.push(format!("partition {number} ends at sector {}, the disk has {all}", sectors.end));
-        } else {
-            self.partitions.push(Partition { number, range: sectors.start * SECTOR..sectors.end * SECTOR, kind, name });
+    /// Notes a problem that leaves it open whose a part of the disk is.
+    fn doubt(&mut self, problem: String) {
+        self.doubt.get_or_insert_with(|| problem.clone());
+        // Of a hostile table there are as many as partitions, and no more.
+        if self.problems.len() < MAX_PROBLEMS {
+            self.problems.push(problem);
         }
     }
 
-    fn find_overlaps(&mut self) {
+    /// True when no more partitions are listed, which is noted.
+    fn is_full(&mut self) -> bool {
+        let full = self.partitions.len() >= MAX_PARTITIONS;
+        if full {
+            self.doubt(format!("has more than {MAX_PARTITIONS} partitions"));
+        }
+        full
+    }
+
+    /// Takes a partition as the table has it, if it is inside the disk.
+    fn add(&mut self, disk: &Seen<'_>, number: u32, sector: u64, sectors: Range<u64>, kind: PartitionType, name: String) {
+        let all = disk.size / sector;
+        if sectors.start >= sectors.end || sectors.start == 0 {
+            self.doubt(format!("partition {number} begins at sector {} and has none", sectors.start));
+        } else if sectors.end > all {
+            self.doubt(format!("partition {number} ends at sector {}, the disk has {all}", sectors.end));
+        } else if !self.is_full() {
+            self.partitions.push(Partition { number, range: sectors.start * sector..sectors.end * sector, kind, name });
+        }
+    }
+
+    fn find_overlaps(&mut self, structures: &[Structure]) {
         let mut sorted: Vec<_> = self.partitions.iter().map(|partition| (partition.range.clone(), partition.number)).collect();
         sorted.sort_unstable_by_key(|(range, _)| range.start);
         for pair in sorted.windows(2) {
             let [(first, a), (second, b)] = pair else { continue };
             if first.end > second.start {
-                self.problems.push(format!("partitions {a} and {b} overlap"));
+                self.doubt(format!("partitions {a} and {b} overlap"));
+            }
+        }
+        for Structure { range, name } in structures {
+            if let Some((_, number)) = sorted.iter().find(|(part, _)| part.start < range.end && range.start < part.end) {
+                self.doubt(format!("partition {number} overlaps {name}"));
             }
         }
     }
+}
+
+/// True when a sector, the first of what should have no partitions, looks like a master boot record, wherever these lie.
+pub(crate) fn is_table(sector: &[u8]) -> bool {
+    mbr::slots(sector, u64::MAX).is_some_and(|slots| slots.iter().any(|slot| slot.is_partition()))
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
