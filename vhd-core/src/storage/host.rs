@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -24,6 +25,14 @@ pub trait Host: Send + Sync + Debug {
     /// # Errors
     /// `Exists`; as the host fails.
     fn create(&self, path: &Path) -> Result<Arc<dyn Storage>>;
+
+    /// Makes a new file that nobody but its owner may read or write.
+    ///
+    /// # Errors
+    /// As [`Host::create`].
+    fn create_private(&self, path: &Path) -> Result<Arc<dyn Storage>> {
+        self.create(path)
+    }
 
     /// Gives a file another name in the same folder; what had that name is gone.
     ///
@@ -60,9 +69,11 @@ impl Host for LocalHost {
     }
 
     fn create(&self, path: &Path) -> Result<Arc<dyn Storage>> {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
-        let file = file.map_err(|error| Error::io(error, "can't be created").at(path))?;
-        Ok(Arc::new(FileStorage::from_file(file, path)?))
+        create(path, 0o666)
+    }
+
+    fn create_private(&self, path: &Path) -> Result<Arc<dyn Storage>> {
+        create(path, 0o600)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
@@ -92,6 +103,12 @@ impl Host for LocalHost {
         let synced = File::open(folder).and_then(|folder| folder.sync_all());
         synced.map_err(|error| Error::io(error, "can't be synced").at(folder))
     }
+}
+
+fn create(path: &Path, mode: u32) -> Result<Arc<dyn Storage>> {
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(mode).open(path);
+    let file = file.map_err(|error| Error::io(error, "can't be created").at(path))?;
+    Ok(Arc::new(FileStorage::from_file(file, path)?))
 }
 
 /// The folder that a file is in.

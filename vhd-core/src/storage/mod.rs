@@ -9,6 +9,7 @@ mod found;
 mod host;
 mod lock;
 mod memory;
+mod overlay;
 mod replace;
 mod unnamed;
 
@@ -25,6 +26,7 @@ pub use file::FileStorage;
 pub use host::{Host, LocalHost, folder_of, put_file, resolve};
 pub use lock::LockMode;
 pub use memory::MemoryStorage;
+pub(crate) use overlay::Overlay;
 pub(crate) use replace::may_change_names_beside;
 pub use replace::{rehearse_replace, replace_file};
 

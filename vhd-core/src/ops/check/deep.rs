@@ -4,12 +4,13 @@ use std::io;
 use std::ops::Range;
 
 use super::batmap::Map;
-use super::blocks::{Blocks, Entry};
+use super::blocks::Blocks;
 use super::footer::Basis;
 use super::header::Table;
 use super::{Check, Code};
 use crate::error::{Error, Result};
 use crate::format::{DiskType, FOOTER_COOKIE, FOOTER_LEN, Footer, SECTOR};
+use crate::image::PlacedBlock;
 use crate::layout::DATA_ALIGNMENT;
 use crate::ops::copy::is_zero;
 use crate::storage::AlignedBuffer;
@@ -48,12 +49,13 @@ impl Check<'_> {
     pub(super) fn deep_blocks(&mut self, basis: &Basis, table: &Table, blocks: &Blocks, batmap: Option<&Map>) -> Result<()> {
         let layout = &table.layout;
         if let Some(progress) = self.options.progress {
-            progress.set_total(blocks.entries.len() as u64 * layout.block_size());
+            progress.set_total(blocks.order.count() * layout.block_size());
         }
         let mut buf = AlignedBuffer::new(CHUNK.min(layout.block_size()) as usize);
         let mut bitmap = vec![0; layout.bitmap_len() as usize];
         let mut end = 0;
-        for &entry in &blocks.entries {
+        let mut cursor = blocks.order.ascending();
+        while let Some(entry) = cursor.next(self.storage)? {
             let slot = layout.slot(entry.sector());
             // A block over another one was told of; reading each of a million duplicates would take for ever.
             if slot.start < end || slot.end > basis.data_end {
@@ -84,7 +86,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn tell_block(&mut self, entry: Entry, hidden: u64, first_hidden: u64, footers: &[(u64, u64)]) {
+    fn tell_block(&mut self, entry: PlacedBlock, hidden: u64, first_hidden: u64, footers: &[(u64, u64)]) {
         let place = || format!("block {}", entry.block());
         if hidden != 0 {
             self.findings.add_with(Code::BitmapClearOverData, || {
