@@ -16,7 +16,7 @@ use vhd_testkit::fuzz;
 /// A target: its name, and what it does.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 10] = [
+const TARGETS: [Target; 11] = [
     ("footer_roundtrip", fuzz::footer_roundtrip),
     ("open_image", fuzz::open_image),
     ("mutate_image", fuzz::mutate_image),
@@ -27,6 +27,7 @@ const TARGETS: [Target; 10] = [
     ("guest_fs", fuzz::guest_fs),
     ("block_rings", fuzz::block_rings),
     ("partition_table", fuzz::partition_table),
+    ("repair_journal", fuzz::repair_journal),
 ];
 
 fn replay((name, target): Target) {
@@ -109,4 +110,9 @@ fn block_rings_holds_on_its_corpus() {
 #[test]
 fn partition_table_holds_on_its_corpus() {
     replay(TARGETS[9]);
+}
+
+#[test]
+fn repair_journal_holds_on_its_corpus() {
+    replay(TARGETS[10]);
 }

@@ -9,6 +9,7 @@ mod crash;
 mod exercise;
 mod guest;
 mod input;
+mod journal;
 mod partitions;
 mod rings;
 
@@ -27,6 +28,7 @@ pub use crash::crash_ops;
 pub use exercise::{assert_well_formed, exercise};
 pub use guest::{guest_fs, tell_disk, told_disk};
 pub use input::Input;
+pub use journal::repair_journal;
 pub use partitions::partition_table;
 pub use rings::block_rings;
 
