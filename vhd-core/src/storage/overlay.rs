@@ -71,6 +71,8 @@ struct Changed {
     pages: BTreeMap<u64, Page>,
     file: Option<File>,
     file_len: u64,
+    /// The page of the file that was changed last, by its offset there: tables are changed entry by entry.
+    last: Option<(u64, Box<PageBytes>)>,
     /// Ranges that show something else than the same bytes of the file below: first byte, end and what.
     ranges: BTreeMap<u64, (u64, Shown)>,
     len: u64,
@@ -83,6 +85,9 @@ impl Changed {
         let mut bytes = [0; PAGE as usize];
         match (&page.place, &self.file) {
             (Place::Memory(kept), _) => bytes = **kept,
+            (Place::File(at), _) if self.last.as_ref().is_some_and(|(last, _)| last == at) => {
+                self.last.iter().for_each(|(_, last)| bytes = **last);
+            }
             (Place::File(at), Some(file)) => file.read_exact_at(&mut bytes, *at)?,
             (Place::File(_), None) => return Err(io::ErrorKind::NotFound.into()),
         }
@@ -95,7 +100,10 @@ impl Changed {
             page.written = written;
             match &mut page.place {
                 Place::Memory(place) => **place = *bytes,
-                Place::File(at) => self.file.as_ref().map_or(Ok(()), |file| file.write_all_at(bytes, *at))?,
+                Place::File(at) => {
+                    let at = *at;
+                    return self.write_back(at, bytes);
+                }
             }
             return Ok(());
         }
@@ -116,6 +124,21 @@ impl Changed {
             Place::File(at)
         };
         self.pages.insert(number, Page { written, place });
+        Ok(())
+    }
+
+    /// Keeps a page of the file without a name in memory, in place of the one before.
+    fn write_back(&mut self, at: u64, bytes: &PageBytes) -> io::Result<()> {
+        match (&mut self.last, &self.file) {
+            (Some((last, kept)), _) if *last == at => **kept = *bytes,
+            (last, Some(file)) => {
+                if let Some((before, kept)) = last {
+                    file.write_all_at(&**kept, *before)?;
+                }
+                *last = Some((at, Box::new(*bytes)));
+            }
+            (_, None) => return Err(io::ErrorKind::NotFound.into()),
+        }
         Ok(())
     }
 
@@ -299,7 +322,7 @@ impl Overlay {
         let len = base.len()?;
         let below = Arc::clone(&base);
         let (pages, ranges) = (BTreeMap::new(), BTreeMap::new());
-        let changed = Changed { base: below, pages, file: None, file_len: 0, ranges, len, shown: len };
+        let changed = Changed { base: below, pages, file: None, file_len: 0, last: None, ranges, len, shown: len };
         Ok(Self { base, changed: Mutex::new(changed) })
     }
 

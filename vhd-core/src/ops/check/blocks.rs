@@ -201,7 +201,7 @@ impl Check<'_> {
         Ok(Some(leaks.end))
     }
 
-    fn judge_gap(&self, gap: Range<u64>, leaked: &mut Gaps, free: &mut Gaps) -> Result<()> {
+    fn judge_gap(&mut self, gap: Range<u64>, leaked: &mut Gaps, free: &mut Gaps) -> Result<()> {
         if self.is_given_back(&gap)? {
             free.add(gap)
         } else {
@@ -212,14 +212,13 @@ impl Check<'_> {
 
     /// True where the host has no room for a range: a block was freed there, or the file grew, and the next block comes there. All of
     /// a device has its room, whoever names it.
-    fn is_given_back(&self, gap: &Range<u64>) -> Result<bool> {
+    fn is_given_back(&mut self, gap: &Range<u64>) -> Result<bool> {
         let failed = |error, at: u64| Error::io(error, format!("can't be examined at {at:#x}"));
         // Where slots meet within a block of the host, zeros are left.
         let most = (2 * EDGE).max((gap.end - gap.start) / 8);
         let (mut at, mut left, mut bytes) = (gap.start, 0, vec![0; EDGE as usize]);
         while self.storage.can_grow() && at < gap.end {
-            let next = self.storage.next_data(at).map_err(|error| failed(error, at))?;
-            let Some(data) = next.filter(|data| data.start < gap.end) else { break };
+            let Some(data) = self.next_data(at)?.filter(|data| data.start < gap.end) else { break };
             at = data.start.max(at);
             let bytes = &mut bytes[..(data.end.min(gap.end) - at).min(EDGE) as usize];
             left += bytes.len() as u64;

@@ -147,15 +147,19 @@ impl Check<'_> {
     }
 
     /// The next range that is no hole. A hole may be as large as millions of blocks, so the last answer is kept.
-    fn next_data(&mut self, at: u64) -> Result<Option<Range<u64>>> {
+    pub(super) fn next_data(&mut self, at: u64) -> Result<Option<Range<u64>>> {
+        // Behind the last one is nothing but a hole.
+        const NONE: Range<u64> = u64::MAX..u64::MAX;
+        let is_some = |data: Range<u64>| Some(data).filter(|data| *data != NONE);
         if let Some((asked, data)) = &self.next_data
             && (*asked..data.end).contains(&at)
         {
-            return Ok(Some(data.clone()));
+            return Ok(is_some(data.clone()));
         }
         let next = self.storage.next_data(at).map_err(|error| Error::io(error, format!("can't be examined at {at:#x}")))?;
-        self.next_data = next.clone().map(|data| (at, data));
-        Ok(next)
+        let next = next.unwrap_or(NONE);
+        self.next_data = Some((at, next.clone()));
+        Ok(is_some(next))
     }
 
     fn advance(&self, bytes: u64) -> Result<()> {
