@@ -226,3 +226,35 @@ fn a_merge_begins_only_where_what_it_removes_can_be_removed() {
     done(dir, lines[1]);
     assert_eq!(done(dir, "read base.vhd --offset 0 --length 4"), "data");
 }
+
+/// Opening for writing mends what writing builds upon. It says so, once, and a sound image needs no word.
+#[test]
+fn what_opening_for_writing_mends_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let image = dir.join("disk.vhd");
+    done(dir, "create disk.vhd --size 8M");
+    let write = || text(&expect(vhd_fed(dir, "write disk.vhd --offset 0", b"data"), 0, "write").stderr);
+    assert_eq!(write(), "");
+    let sound = fs::read(&image).unwrap();
+    let damage: [(&str, fn(&mut Vec<u8>)); 3] = [
+        ("no valid footer copy at the start", |bytes| bytes[100] ^= 1),
+        ("no valid trailing footer", |bytes| bytes.last_mut().map_or((), |byte| *byte ^= 1)),
+        ("footer copy at the start differs", |bytes| {
+            // Tapdisk's hidden byte, which old versions leave out of the checksum.
+            bytes[85] ^= 1;
+        }),
+    ];
+    for (says, damage) in damage {
+        let mut bytes = sound.clone();
+        damage(&mut bytes);
+        fs::write(&image, bytes).unwrap();
+        // Who only reads mends nothing, and says nothing of that.
+        assert!(!text(&expect(vhd(dir, "read disk.vhd --offset 0 --length 4"), 0, "read").stderr).contains("written"));
+        let said = write();
+        assert!(said.lines().count() == 1 && said.contains("disk.vhd: found") && said.contains(says), "{says}: {said:?}");
+        assert!(said.contains("written"), "{said:?}");
+        assert_eq!(write(), "", "{says}: said twice");
+        assert!(fs::read(&image).unwrap() == sound, "{says}");
+    }
+}

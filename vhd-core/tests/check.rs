@@ -14,7 +14,7 @@ use std::path::Path;
 use tempfile::TempDir;
 use vhd_core::chain::ParentPolicy;
 use vhd_core::format::{Creator, Timestamp};
-use vhd_core::image::{CreateOptions, NewKind, ParentLink, create};
+use vhd_core::image::{CreateOptions, NewKind, OpenOptions, ParentLink, create};
 use vhd_core::ops::check::{CheckOptions, Code, Report, Severity, check, check_chain};
 use vhd_core::storage::{FileStorage, MemoryStorage};
 use vhd_core::{ErrorKind, Progress};
@@ -364,11 +364,41 @@ fn virtual_pc_and_qemu_images_pass() {
     }
 }
 
+/// Blocks that a guest freed, and room that a killed process grew: the host has it back, and the next block comes there.
+#[test]
+fn space_that_was_given_back_is_no_damage_and_other_space_is() {
+    use vhd_core::Disk;
+    use vhd_core::chain::ChainOptions;
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    for layout in [Layout::Classic, Layout::Windows8, Layout::Tapdisk] {
+        let path = folder.path().join("disk.vhd");
+        damages::full(layout).write_to(&path).unwrap();
+        let look = || check(&FileStorage::open(&path, false).unwrap(), &path, &CheckOptions::default()).unwrap();
+        let image = OpenOptions { writable: true, background_flush: None, ..OpenOptions::default() };
+        let disk = Disk::open(&path, &ChainOptions { image, ..ChainOptions::default() }).unwrap();
+        let block = u64::from(damages::BLOCK);
+        for freed in [1, 2, 4] {
+            disk.zero(freed * block..(freed + 1) * block, vhd_core::block::ZeroMode::Free).unwrap();
+        }
+        disk.close().unwrap();
+        drop(disk);
+        let report = look();
+        assert!(at_least(&report, Severity::Warning).is_empty(), "{layout:?}: {report:#?}");
+        assert!(codes(&report).contains(&Code::FreeSpace), "{layout:?}: {report:#?}");
+        // A byte of what nothing names is another matter.
+        let at = report.findings.iter().find(|finding| finding.code == Code::FreeSpace).unwrap().message.clone();
+        let at = at.rsplit("0x").find_map(|word| u64::from_str_radix(word.split(' ').next()?, 16).ok()).unwrap();
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[7; 4096], at - 200_000).unwrap();
+        assert!(codes(&look()).contains(&Code::LeakedSpace), "{layout:?}: {:#?}", look());
+    }
+}
+
 #[test]
 fn every_code_has_a_test_and_a_name_of_its_own() {
     let mut found: BTreeSet<Code> = cases().into_iter().flat_map(|case| case.expected.iter().copied()).collect();
     found.extend(family_cases().into_iter().flat_map(|(_, expected)| expected.iter().copied()));
-    found.extend([Code::Unreadable, Code::Interrupted]);
+    found.extend([Code::Unreadable, Code::Interrupted, Code::FreeSpace]);
     let missing: Vec<_> = Code::ALL.iter().filter(|code| !found.contains(code)).collect();
     assert!(missing.is_empty(), "{missing:?}");
     let names: BTreeSet<_> = Code::ALL.iter().map(|code| code.name()).collect();

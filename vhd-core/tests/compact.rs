@@ -134,6 +134,41 @@ fn others_read_what_was_compacted() {
     assert!(libvhdi.to_raw(&path).unwrap() == before);
 }
 
+/// Blocks that another creator packed, between aligned ones: once they are gone, what they held is filled.
+#[test]
+fn gaps_that_hold_no_aligned_block_are_filled_all_the_same() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = folder.path().join("disk.vhd");
+    let block = 64 << 10;
+    new_image(&path, NewKind::Dynamic, 20 * block, block as u32);
+    let disk = open(&path, true);
+    (0..20).for_each(|number: u64| disk.write_at(&[number as u8 + 1; 64 << 10], number * block).unwrap());
+    disk.close().unwrap();
+    drop(disk);
+    // Every second one moves to where its slot fits, and no aligned one does.
+    let mut bytes = std::fs::read(&path).unwrap();
+    let bat = u64::from_be_bytes(bytes[512 + 16..512 + 24].try_into().unwrap()) as usize;
+    for number in (0..20).step_by(2) {
+        let entry = u32::from_be_bytes(bytes[bat + number * 4..][..4].try_into().unwrap());
+        let (from, to) = (entry as usize * 512, (entry as usize - 7) * 512);
+        bytes.copy_within(from..from + 512 + block as usize, to);
+        bytes[bat + number * 4..][..4].copy_from_slice(&(entry - 7).to_be_bytes());
+    }
+    std::fs::write(&path, bytes).unwrap();
+    let disk = open(&path, true);
+    (0..20).step_by(2).for_each(|number: u64| disk.write_at(&[0; 64 << 10], number * block).unwrap());
+    disk.close().unwrap();
+    drop(disk);
+    let before = read_all(&open(&path, false));
+    let dry = run(&path, CompactOptions { dry_run: true, ..CompactOptions::default() }, &options(false)).unwrap();
+    let done = plainly(&path);
+    println!("{done:?}");
+    assert_eq!((dry.len_after, dry.moved), (done.len_after, done.moved), "a dry run says what is done");
+    assert!(done.dropped == 10 && done.len_after < 10 * (block + 512) + (64 << 10), "{done:?}");
+    assert!(read_all(&open(&path, false)) == before);
+    assert_clean(&path);
+}
+
 #[test]
 fn a_fixed_disk_is_told_how_to_become_one_that_can_be_compacted() {
     let folder = tempfile::tempdir().unwrap();

@@ -16,7 +16,7 @@ use vhd_testkit::fuzz;
 /// A target: its name, and what it does.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 11] = [
+const TARGETS: [Target; 12] = [
     ("footer_roundtrip", fuzz::footer_roundtrip),
     ("open_image", fuzz::open_image),
     ("mutate_image", fuzz::mutate_image),
@@ -28,6 +28,7 @@ const TARGETS: [Target; 11] = [
     ("block_rings", fuzz::block_rings),
     ("partition_table", fuzz::partition_table),
     ("machine_files", fuzz::machine_files),
+    ("repair_journal", fuzz::repair_journal),
 ];
 
 fn replay((name, target): Target) {
@@ -110,6 +111,11 @@ fn block_rings_holds_on_its_corpus() {
 #[test]
 fn partition_table_holds_on_its_corpus() {
     replay(TARGETS[9]);
+}
+
+#[test]
+fn repair_journal_holds_on_its_corpus() {
+    replay(TARGETS[11]);
 }
 
 #[test]

@@ -3,45 +3,51 @@
 //!
 //! What the disk reads stays the same throughout: a block is copied before an entry names the copy, and space is used
 //! again only once no durable entry names it.
+//!
+//! Memory does not grow with the number of blocks: the table stays in the file, and is walked in the file's order from both ends.
+//! Blocks that move go to where the walk from the front was already, so it does not matter whether it sees them.
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::Image;
 use super::footers::Footers;
+use super::order::{Cursor, Order, PlacedBlock, TablePart};
 use super::prepare::footer_place;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BAT_ENTRY_LEN, BAT_UNUSED, Footer, SECTOR};
 use crate::layout::{DATA_ALIGNMENT, FooterPlace, Layout};
-use crate::storage::{AlignedBuffer, Storage};
+use crate::storage::{AlignedBuffer, Overlay, Storage};
 
 /// Bytes that are moved between two publications of the BAT, at most. More barriers cost time, a larger batch costs space
 /// where blocks change places.
 const BATCH: u64 = 256 << 20;
+/// Entries that wait to be written, at most.
+const MAX_PENDING: usize = 64 << 10;
+/// Gaps that are kept in mind while blocks are aligned; those beyond are filled afterwards.
+const MAX_GAPS: usize = 64 << 10;
+/// Bytes that are copied at once: blocks have up to 256 MiB.
+const MAX_BUFFER: u64 = 4 << 20;
 
 /// The blocks of one image.
 pub(crate) struct Blocks {
     storage: Arc<dyn Storage>,
     footer: Footer,
     layout: Layout,
-    bat_offset: u64,
+    table: TablePart,
     place: FooterPlace,
-    /// Nothing is written: what would be done is only counted.
+    /// No data is moved, and what else is written is written over the file: what would be done is only counted.
     dry: bool,
-    /// The table, as it will be.
-    entries: Vec<u32>,
-    /// Sectors of the table that the file does not have yet.
-    unpublished: BTreeSet<u64>,
-    /// First byte of each slot in use, the ones that were left but not published too.
-    slots: BTreeMap<u64, u32>,
-    /// Slots that are left once the table is published.
-    left: Vec<u64>,
-    /// Gaps that hold a slot.
-    gaps: BTreeMap<u64, u64>,
+    /// Entries that the file does not have yet.
+    pending: BTreeMap<u32, u32>,
+    /// Entries were written that may not be durable yet.
+    unpublished: bool,
     /// Where blocks may begin.
     floor: u64,
+    /// Where the last block ended that was ever seen.
+    end: u64,
     file_len: u64,
     /// Bytes that were copied since the table was published.
     unsynced: u64,
@@ -53,6 +59,51 @@ pub(crate) struct Blocks {
     no_hole: Range<u64>,
 }
 
+/// Whether a block's data is to begin on a 4 KiB boundary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Alignment {
+    Must,
+    /// Where the gap has room for that.
+    Preferred,
+    Any,
+}
+
+/// Gaps between blocks, from the front on.
+struct Gaps<'a> {
+    cursor: Cursor<'a>,
+    gap: Range<u64>,
+    /// Where what was seen ends.
+    end: u64,
+}
+
+impl Gaps<'_> {
+    /// Takes the lowest place that holds a slot.
+    fn take(&mut self, storage: &dyn Storage, layout: &Layout, alignment: Alignment) -> Result<Option<u64>> {
+        loop {
+            if let Some(at) = place_in(layout, &self.gap, alignment) {
+                self.gap.start = at + layout.slot_len();
+                return Ok(Some(at));
+            }
+            let Some(placed) = self.cursor.next(storage)? else { return Ok(None) };
+            let slot = layout.slot(placed.sector());
+            self.gap = self.end..slot.start.max(self.end);
+            self.end = self.end.max(slot.end);
+        }
+    }
+}
+
+/// Where a slot fits into a gap.
+fn place_in(layout: &Layout, gap: &Range<u64>, alignment: Alignment) -> Option<u64> {
+    let fits = |at: u64| (at + layout.slot_len() <= gap.end).then_some(at);
+    let aligned = || fits(layout.aligned_slot_start(gap.start));
+    let any = || fits(gap.start.next_multiple_of(SECTOR));
+    match alignment {
+        Alignment::Must => aligned(),
+        Alignment::Preferred => aligned().or_else(any),
+        Alignment::Any => any(),
+    }
+}
+
 impl Blocks {
     /// Takes the blocks of an image, which must not be written otherwise as long as this lives.
     ///
@@ -62,30 +113,29 @@ impl Blocks {
         let Some(sparse) = &image.sparse else {
             return Err(Error::new(ErrorKind::Unsupported, "is a fixed disk: it has no blocks").at(&image.path));
         };
-        let storage = Arc::clone(&image.storage);
-        let mut entries = vec![BAT_UNUSED; sparse.layout.blocks() as usize];
-        let mut slots = BTreeMap::new();
-        let scanned = sparse.bat.scan(&*storage, |block, sector| {
-            entries[block as usize] = sector;
-            slots.insert(u64::from(sector) * SECTOR, block);
-        });
-        scanned.map_err(|error| image.read_error(error, sparse.bat.offset()))?;
+        let mut storage = Arc::clone(&image.storage);
+        if dry {
+            storage = Arc::new(Overlay::new(storage).map_err(|error| image.read_error(error, 0))?);
+        }
+        let table = TablePart { offset: sparse.bat.offset(), blocks: 0..sparse.layout.blocks() };
+        let (mut end, mut are_aligned) = (0, true);
+        table.used(&*storage, |_, sector| {
+            let slot = sparse.layout.slot(sector);
+            end = slot.end.max(end);
+            are_aligned &= is_aligned(&sparse.layout, slot.start);
+        })?;
         let footers = Footers::read(&*storage).map_err(|error| image.read_error(error, 0))?;
         let floor = sparse.metadata_end(footers.file_len).next_multiple_of(SECTOR);
-        let sectors: Vec<_> = slots.keys().map(|start| (start / SECTOR) as u32).collect();
-        let end = sectors.last().map_or(0, |&sector| sparse.layout.slot(sector).end).max(floor);
-        let mut blocks = Self {
+        Ok(Self {
             footer: image.footer.clone(),
             layout: sparse.layout,
-            bat_offset: sparse.bat.offset(),
-            place: footer_place(sparse, &sectors, &footers, end),
+            table,
+            place: footer_place(are_aligned, &footers, end.max(floor)),
             dry,
-            entries,
-            unpublished: BTreeSet::new(),
-            slots,
-            left: Vec::new(),
-            gaps: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            unpublished: false,
             floor,
+            end,
             file_len: footers.file_len,
             unsynced: 0,
             dirty: Cell::new(false),
@@ -93,14 +143,17 @@ impl Blocks {
             hole: 0..0,
             no_hole: 0..0,
             storage,
-        };
-        blocks.find_gaps();
-        Ok(blocks)
+        })
     }
 
-    /// Blocks in the order in which they lie in the file.
-    pub(crate) fn in_file_order(&self) -> Vec<u32> {
-        self.slots.values().copied().collect()
+    /// Blocks in the order in which they lie in the file, as the file's table has them.
+    pub(crate) fn order(&self) -> Result<Order> {
+        Order::of(&*self.storage, self.table.clone(), 0..BAT_UNUSED)
+    }
+
+    /// The file, or what is laid over it.
+    pub(crate) fn storage(&self) -> Arc<dyn Storage> {
+        Arc::clone(&self.storage)
     }
 
     /// Bytes of the file.
@@ -108,27 +161,22 @@ impl Blocks {
         self.file_len
     }
 
-    /// The slot of a block.
-    pub(crate) fn slot(&self, block: u32) -> Range<u64> {
-        self.layout.slot(self.entries[block as usize])
-    }
-
     /// Reads a block's sector bitmap.
-    pub(crate) fn bitmap(&self, block: u32) -> Result<Vec<u8>> {
+    pub(crate) fn bitmap(&self, sector: u32) -> Result<Vec<u8>> {
         let mut bitmap = vec![0; self.layout.bitmap_len() as usize];
-        self.read(&mut bitmap, self.slot(block).start)?;
+        self.read(&mut bitmap, self.layout.slot(sector).start)?;
         Ok(bitmap)
     }
 
     /// Reads a part of a block's data.
-    pub(crate) fn read_data(&self, block: u32, within: u64, bytes: &mut [u8]) -> Result<()> {
-        self.read(bytes, self.layout.data_offset(self.entries[block as usize]) + within)
+    pub(crate) fn read_data(&self, sector: u32, within: u64, bytes: &mut [u8]) -> Result<()> {
+        self.read(bytes, self.layout.data_offset(sector) + within)
     }
 
     /// True when the host knows that a block's data is a hole, before any block was moved. It is asked once for each hole, and
     /// each range that is none: finding where that ends costs the host a walk to it.
-    pub(crate) fn is_hole(&mut self, block: u32) -> Result<bool> {
-        let start = self.layout.data_offset(self.entries[block as usize]);
+    pub(crate) fn is_hole(&mut self, sector: u32) -> Result<bool> {
+        let start = self.layout.data_offset(sector);
         let end = start + self.layout.block_size();
         if self.no_hole.contains(&start) {
             return Ok(false);
@@ -142,24 +190,33 @@ impl Blocks {
     }
 
     /// Replaces a block's sector bitmap: bits are cleared whose sectors read the same without them.
-    pub(crate) fn set_bitmap(&mut self, block: u32, bitmap: &[u8]) -> Result<()> {
-        self.write(bitmap, self.slot(block).start)
+    pub(crate) fn set_bitmap(&mut self, sector: u32, bitmap: &[u8]) -> Result<()> {
+        if self.dry { Ok(()) } else { self.write(bitmap, self.layout.slot(sector).start) }
     }
 
     /// Frees a block, which reads the same without its entry.
-    pub(crate) fn free(&mut self, block: u32) {
-        self.left.push(self.slot(block).start);
-        self.set_entry(block, BAT_UNUSED);
+    pub(crate) fn free(&mut self, block: u32) -> Result<()> {
+        self.set_entry(block, BAT_UNUSED)
     }
 
-    /// Moves blocks from the end of the file into gaps before them, as long as there are any. Returns how many.
-    pub(crate) fn fill_gaps(&mut self, advance: &mut dyn FnMut(u64) -> Result<()>) -> Result<u64> {
+    /// Moves blocks from the end of the file into gaps before them, as long as there are any. Returns how many. Where all are aligned
+    /// they stay so, if the gaps have room for that; where they `must` be, always.
+    pub(crate) fn fill_gaps(&mut self, must: bool, advance: &mut dyn FnMut(u64) -> Result<()>) -> Result<u64> {
         self.publish()?;
-        let aligned = self.is_aligned();
+        let alignment = match must {
+            true => Alignment::Must,
+            // Between aligned blocks other creators may have left gaps that hold a block, but no aligned one.
+            false if self.are_aligned()? => Alignment::Preferred,
+            false => Alignment::Any,
+        };
+        let (storage, order) = (self.storage(), self.order()?);
+        let (mut gaps, mut last) = (self.gaps(&order), order.descending());
         let mut moved = 0;
-        for block in self.in_file_order().into_iter().rev() {
-            let Some(to) = self.lowest_gap(aligned).filter(|to| *to < self.slot(block).start) else { break };
-            self.relocate(block, to)?;
+        while let Some(placed) = last.next(&*storage)? {
+            let from = self.layout.slot(placed.sector()).start;
+            let to = gaps.take(&*storage, &self.layout, alignment)?;
+            let Some(to) = to.filter(|to| *to < from) else { break };
+            self.relocate(placed, to)?;
             moved += 1;
             advance(self.layout.slot_len())?;
         }
@@ -171,88 +228,120 @@ impl Blocks {
     pub(crate) fn align(&mut self, advance: &mut dyn FnMut(u64) -> Result<()>) -> Result<u64> {
         self.place = FooterPlace::PageEnd;
         self.publish()?;
+        let (storage, order, layout) = (self.storage(), self.order()?, self.layout);
+        let (mut cursor, first_end) = (order.ascending(), self.end);
+        let place = |gap: &Range<u64>| place_in(&layout, gap, Alignment::Must);
+        let mut gaps: VecDeque<Range<u64>> = VecDeque::new();
+        // What is free before the block that is looked at. Blocks that were there a moment ago may be named by a durable entry still.
+        let (mut free_from, mut is_left) = (self.floor, false);
         let mut moved = 0;
-        for block in self.in_file_order() {
-            if self.layout.data_offset(self.entries[block as usize]) % DATA_ALIGNMENT == 0 {
-                continue;
-            }
-            // What was left last may be the gap that is needed, once the table is published.
-            if self.lowest_gap(true).is_none() && self.left.last().is_some_and(|left| self.has_room_around(*left)) {
+        while let Some(placed) = cursor.next(&*storage)?.filter(|placed| layout.slot(placed.sector()).start < first_end) {
+            let slot = layout.slot(placed.sector());
+            let before = free_from..slot.start.max(free_from);
+            let stays = is_aligned(&layout, slot.start);
+            if is_left && place(&before).is_some() && (stays || gaps.is_empty()) {
                 self.publish()?;
             }
-            let to = match self.lowest_gap(true) {
-                Some(gap) => gap,
-                None => self.append()?,
+            if stays {
+                if place(&before).is_some() && gaps.len() < MAX_GAPS {
+                    gaps.push_back(before);
+                }
+                (free_from, is_left) = (slot.end, false);
+                continue;
+            }
+            let to = if let Some(gap) = gaps.front_mut() {
+                let to = layout.aligned_slot_start(gap.start);
+                gap.start = to + layout.slot_len();
+                if place(gap).is_none() {
+                    gaps.pop_front();
+                }
+                to
+            } else if let Some(to) = place(&before) {
+                free_from = to + layout.slot_len();
+                to
+            } else {
+                self.place_behind(true)?
             };
-            self.relocate(block, to)?;
+            self.relocate(placed, to)?;
+            is_left = true;
             moved += 1;
-            advance(self.layout.slot_len())?;
+            advance(layout.slot_len())?;
         }
         self.publish()?;
         Ok(moved)
     }
 
     /// First byte of the first block, where there is one.
-    pub(crate) fn first_slot(&self) -> Option<u64> {
-        self.slots.keys().next().copied()
+    pub(crate) fn first_slot(&self) -> Result<Option<u64>> {
+        let mut first = None::<u32>;
+        self.table.used(&*self.storage, |_, sector| first = Some(first.map_or(sector, |first| first.min(sector))))?;
+        Ok(first.map(|sector| u64::from(sector) * SECTOR))
     }
 
     /// Moves all blocks that begin before `end` further back. Returns how many. Their old places are free with the next
     /// barrier.
     pub(crate) fn clear_until(&mut self, end: u64, advance: &mut dyn FnMut(u64) -> Result<()>) -> Result<u64> {
         self.publish()?;
-        let aligned = self.is_aligned();
+        let are_aligned = self.are_aligned()?;
+        let alignment = if are_aligned { Alignment::Must } else { Alignment::Any };
         self.floor = self.floor.max(end);
-        self.find_gaps();
-        let in_the_way: Vec<_> = self.slots.range(..end).map(|(_, block)| *block).collect();
-        for block in &in_the_way {
-            let to = match self.lowest_gap(aligned) {
+        let (storage, order) = (self.storage(), self.order()?);
+        let (mut gaps, mut first) = (self.gaps(&order), order.ascending());
+        let mut moved = 0;
+        while let Some(placed) = first.next(&*storage)?.filter(|placed| self.layout.slot(placed.sector()).start < end) {
+            let to = match gaps.take(&*storage, &self.layout, alignment)? {
                 Some(gap) => gap,
-                None => self.append()?,
+                None => self.place_behind(are_aligned)?,
             };
-            self.relocate(*block, to)?;
+            self.relocate(placed, to)?;
+            moved += 1;
             advance(self.layout.slot_len())?;
         }
         self.write_table()?;
-        Ok(in_the_way.len() as u64)
+        Ok(moved)
     }
 
     /// Takes out of the way what the last block holds beyond the end of the disk, which shows when the disk grows: zeros in
     /// a dynamic disk, nothing in a differencing one. Returns true if there was anything; it is durable with the next barrier.
     pub(crate) fn clear_beyond_end(&mut self, size: u64, differencing: bool) -> Result<bool> {
         let within = size % self.layout.block_size();
-        let Some(last) = self.layout.blocks().checked_sub(1).filter(|last| within > 0 && self.is_allocated(*last)) else {
+        let last = self.layout.blocks().checked_sub(1).filter(|_| within > 0);
+        let Some(sector) = last.map(|last| self.entry(last)).transpose()?.filter(|sector| *sector != BAT_UNUSED) else {
             return Ok(false);
         };
         let changed = if differencing {
-            let mut bitmap = self.bitmap(last)?;
+            let mut bitmap = self.bitmap(sector)?;
             let before = bitmap.clone();
             let beyond = within / SECTOR..self.layout.block_size() / SECTOR;
             beyond.for_each(|sector| bitmap[(sector / 8) as usize] &= !(0x80 >> (sector % 8)));
             if bitmap != before {
-                self.set_bitmap(last, &bitmap)?;
+                self.set_bitmap(sector, &bitmap)?;
             }
             bitmap != before
         } else {
-            let mut rest = vec![0; (self.layout.block_size() - within) as usize];
-            self.read_data(last, within, &mut rest)?;
-            let changed = rest.iter().any(|byte| *byte != 0);
-            if changed {
-                rest.fill(0);
-                self.write(&rest, self.layout.data_offset(self.entries[last as usize]) + within)?;
+            let (mut at, end) = (self.layout.data_offset(sector) + within, self.layout.slot(sector).end);
+            let mut rest = vec![0; 1 << 20];
+            let mut changed = false;
+            while at < end {
+                let rest = &mut rest[..(end - at).min(1 << 20) as usize];
+                self.read(rest, at)?;
+                if rest.iter().any(|byte| *byte != 0) {
+                    changed = true;
+                    rest.fill(0);
+                    if !self.dry {
+                        self.write(rest, at)?;
+                    }
+                }
+                at += rest.len() as u64;
             }
             changed
         };
         Ok(changed)
     }
 
-    /// The table as it is now.
-    pub(crate) fn entries(&self) -> &[u32] {
-        &self.entries
-    }
-
-    fn is_allocated(&self, block: u32) -> bool {
-        self.entries[block as usize] != BAT_UNUSED
+    /// File offset of the table, which is up to date in the file once it was published.
+    pub(crate) fn table(&self) -> (u64, u32) {
+        (self.table.offset, self.table.blocks.end)
     }
 
     /// Makes all durable and cuts the file behind its last block. A power cut may leave the length without the footer:
@@ -265,13 +354,12 @@ impl Blocks {
     /// As [`Blocks::cut`], without the last barrier: for who opens the image next, which begins with one.
     pub(crate) fn shorten(&mut self) -> Result<()> {
         self.publish()?;
-        let end = self.slots.keys().next_back().map_or(0, |start| start + self.layout.slot_len()).max(self.floor);
+        let mut end = self.floor;
+        self.table.used(&*self.storage, |_, sector| end = end.max(self.layout.slot(sector).end))?;
         let len = self.place.file_len(end);
         if len < self.file_len && self.storage.can_grow() {
             self.write(&self.footer.to_bytes(), len - SECTOR)?;
-            if !self.dry {
-                self.storage.set_len(len).map_err(|error| Error::io(error, format!("can't shrink to {len} bytes")))?;
-            }
+            self.storage.set_len(len).map_err(|error| Error::io(error, format!("can't shrink to {len} bytes")))?;
             self.file_len = len;
         }
         Ok(())
@@ -279,17 +367,12 @@ impl Blocks {
 
     /// Makes what was done durable; then what was left is free.
     pub(crate) fn publish(&mut self) -> Result<()> {
-        if self.unpublished.is_empty() {
+        if self.pending.is_empty() && !self.unpublished {
             return Ok(());
         }
         self.write_table()?;
-        self.sync()?;
-        let left = std::mem::take(&mut self.left);
-        for start in &left {
-            self.slots.remove(start);
-        }
-        left.into_iter().for_each(|start| self.find_gap_at(start));
-        Ok(())
+        self.unpublished = false;
+        self.sync()
     }
 
     /// Writes what changed of the table, once the copies that it names are durable.
@@ -298,69 +381,43 @@ impl Blocks {
             self.sync()?;
         }
         self.unsynced = 0;
-        const PER_SECTOR: usize = (SECTOR / BAT_ENTRY_LEN) as usize;
-        for sector in std::mem::take(&mut self.unpublished) {
-            let first = sector as usize * PER_SECTOR;
-            let last = (first + PER_SECTOR).min(self.entries.len());
-            // The last sector may hold entries beyond the disk, which stay as they are.
-            let bytes: Vec<u8> = self.entries[first..last].iter().flat_map(|entry| entry.to_be_bytes()).collect();
-            self.write(&bytes, self.bat_offset + sector * SECTOR)?;
+        // A sector at a time: it is written as a whole or not at all. The last may hold entries beyond the disk, which stay.
+        const PER_SECTOR: u32 = (SECTOR / BAT_ENTRY_LEN) as u32;
+        let pending = std::mem::take(&mut self.pending);
+        let mut pending = pending.into_iter().peekable();
+        while let Some(first) = pending.peek().map(|(block, _)| block - block % PER_SECTOR) {
+            let last = (first + PER_SECTOR).min(self.table.blocks.end);
+            let mut bytes = vec![0; (last - first) as usize * BAT_ENTRY_LEN as usize];
+            let at = self.table.offset + u64::from(first) * BAT_ENTRY_LEN;
+            self.read(&mut bytes, at)?;
+            while let Some((block, entry)) = pending.next_if(|(block, _)| *block < last) {
+                bytes[(block - first) as usize * BAT_ENTRY_LEN as usize..][..BAT_ENTRY_LEN as usize]
+                    .copy_from_slice(&entry.to_be_bytes());
+            }
+            self.write(&bytes, at)?;
+            self.unpublished = true;
         }
         Ok(())
     }
 
-    /// True when all blocks are aligned, so that they must stay so.
-    fn is_aligned(&self) -> bool {
-        self.slots.keys().all(|start| (start + self.layout.bitmap_len()) % DATA_ALIGNMENT == 0)
+    /// True when all blocks are aligned.
+    fn are_aligned(&self) -> Result<bool> {
+        let mut are_aligned = true;
+        self.table.used(&*self.storage, |_, sector| are_aligned &= is_aligned(&self.layout, u64::from(sector) * SECTOR))?;
+        Ok(are_aligned)
     }
 
-    fn find_gaps(&mut self) {
-        let footer_at = self.file_len - SECTOR;
-        let footer = std::iter::once(footer_at..self.file_len);
-        let mut end = self.floor;
-        self.gaps.clear();
-        for slot in self.slots.keys().map(|start| *start..start + self.layout.slot_len()).chain(footer) {
-            if end + self.layout.slot_len() <= slot.start {
-                self.gaps.insert(end, slot.start);
-            }
-            end = end.max(slot.end);
+    fn gaps<'a>(&self, order: &'a Order) -> Gaps<'a> {
+        Gaps { cursor: order.ascending(), gap: self.floor..self.floor, end: self.floor }
+    }
+
+    /// The place behind the last block. The file becomes longer where it has none.
+    fn place_behind(&mut self, aligned: bool) -> Result<u64> {
+        let alignment = if aligned { Alignment::Must } else { Alignment::Any };
+        let tail = self.end.max(self.floor)..self.file_len - SECTOR;
+        if let Some(place) = place_in(&self.layout, &tail, alignment) {
+            return Ok(place);
         }
-    }
-
-    /// Finds the gap around a place that no slot has any more, as [`Blocks::find_gaps`] does, which looks at all of them.
-    fn find_gap_at(&mut self, at: u64) {
-        let len = self.layout.slot_len();
-        let start = self.slots.range(..at).next_back().map_or(0, |(start, _)| start + len).max(self.floor);
-        let end = self.slots.range(at..).next().map_or(self.file_len - SECTOR, |(start, _)| *start);
-        while let Some((&inside, _)) = self.gaps.range(start..end.max(start)).next() {
-            self.gaps.remove(&inside);
-        }
-        if start + len <= end {
-            self.gaps.insert(start, end);
-        }
-    }
-
-    /// Where the first gap that holds a slot has room for it.
-    fn lowest_gap(&self, aligned: bool) -> Option<u64> {
-        let fits = |(start, end): (&u64, &u64)| {
-            let at = if aligned { self.layout.aligned_slot_start(*start) } else { *start };
-            (at + self.layout.slot_len() <= *end).then_some(at)
-        };
-        self.gaps.iter().find_map(fits)
-    }
-
-    /// True when the space around a slot that was left, with others beside it that were, holds an aligned slot.
-    fn has_room_around(&self, left: u64) -> bool {
-        let len = self.layout.slot_len();
-        let is_used = |start: &&u64| !self.left.contains(start);
-        let before = self.slots.range(..left).rev().map(|(start, _)| start).find(is_used).map_or(0, |start| start + len);
-        let after = self.slots.range(left..).map(|(start, _)| *start).find(|start| is_used(&start));
-        let start = self.layout.aligned_slot_start(before.max(self.floor));
-        start + len <= after.unwrap_or(self.file_len - SECTOR)
-    }
-
-    /// Makes the file longer by a slot, and the footer stand behind it.
-    fn append(&mut self) -> Result<u64> {
         if !self.storage.can_grow() {
             return Err(Error::new(ErrorKind::NoSpace, "is on a device without room to move blocks"));
         }
@@ -368,59 +425,58 @@ impl Blocks {
         let at = self.layout.aligned_slot_start(self.file_len.max(self.floor));
         let end = at + self.layout.slot_len();
         let len = FooterPlace::PageEnd.file_len(end);
-        if !self.dry {
-            self.storage.set_len(len).map_err(|error| Error::io(error, format!("can't grow to {len} bytes")))?;
-        }
+        self.storage.set_len(len).map_err(|error| Error::io(error, format!("can't grow to {len} bytes")))?;
         // As it was, where there is no room: a footer stands at the old end.
         let written = self.write(&self.footer.to_bytes(), len - SECTOR);
         written.inspect_err(|_| drop(self.storage.set_len(self.file_len)))?;
         self.file_len = len;
-        self.find_gap_at(at);
         Ok(at)
     }
 
     /// Copies a block to a gap. Its old slot is left.
-    fn relocate(&mut self, block: u32, to: u64) -> Result<()> {
+    fn relocate(&mut self, placed: PlacedBlock, to: u64) -> Result<()> {
         let sector = u32::try_from(to / SECTOR).ok().filter(|sector| *sector != BAT_UNUSED);
         let Some(sector) = sector else {
             return Err(Error::new(ErrorKind::Unsupported, format!("a block at {to:#x} is beyond what a BAT entry can name")));
         };
-        let from = self.slot(block);
         if !self.dry {
-            self.copy(from.start, to)?;
+            self.copy(self.layout.slot(placed.sector()).start, to)?;
         }
-        self.left.push(from.start);
-        self.slots.insert(to, block);
-        let gap = self.gaps.range(..=to).next_back().map(|(start, end)| (*start, *end));
-        if let Some((start, end)) = gap {
-            self.gaps.remove(&start);
-            let len = self.layout.slot_len();
-            if start + len <= to {
-                self.gaps.insert(start, to);
-            }
-            if to + len + len <= end {
-                self.gaps.insert(to + len, end);
-            }
-        }
-        self.set_entry(block, sector);
+        self.end = self.end.max(to + self.layout.slot_len());
         self.unsynced += self.layout.slot_len();
+        self.set_entry(placed.block(), sector)?;
         if self.unsynced >= BATCH { self.publish() } else { Ok(()) }
     }
 
     fn copy(&mut self, from: u64, to: u64) -> Result<()> {
-        let len = self.layout.slot_len() as usize;
-        if self.buffer.len() < len {
-            self.buffer = AlignedBuffer::new(len);
+        let len = self.layout.slot_len();
+        let piece = len.min(MAX_BUFFER);
+        if (self.buffer.len() as u64) < piece {
+            self.buffer = AlignedBuffer::new(piece as usize);
         }
         let mut buffer = std::mem::replace(&mut self.buffer, AlignedBuffer::new(0));
-        let copied = self.read(&mut buffer[..len], from).and_then(|()| self.write(&buffer[..len], to));
+        let copied = (0..len).step_by(piece as usize).try_for_each(|done| {
+            let bytes = &mut buffer[..piece.min(len - done) as usize];
+            self.read(bytes, from + done)?;
+            self.write(bytes, to + done)
+        });
         self.buffer = buffer;
         copied
     }
 
-    fn set_entry(&mut self, block: u32, entry: u32) {
-        self.entries[block as usize] = entry;
-        self.unpublished.insert(u64::from(block) * BAT_ENTRY_LEN / SECTOR);
+    /// The entry of a block as it will be.
+    fn entry(&self, block: u32) -> Result<u32> {
+        if let Some(entry) = self.pending.get(&block) {
+            return Ok(*entry);
+        }
+        let mut entry = [0; BAT_ENTRY_LEN as usize];
+        self.read(&mut entry, self.table.offset + u64::from(block) * BAT_ENTRY_LEN)?;
+        Ok(u32::from_be_bytes(entry))
+    }
+
+    fn set_entry(&mut self, block: u32, entry: u32) -> Result<()> {
+        self.pending.insert(block, entry);
+        if self.pending.len() < MAX_PENDING { Ok(()) } else { self.write_table() }
     }
 
     fn read(&self, bytes: &mut [u8], at: u64) -> Result<()> {
@@ -428,19 +484,18 @@ impl Blocks {
     }
 
     fn write(&self, bytes: &[u8], at: u64) -> Result<()> {
-        if self.dry {
-            return Ok(());
-        }
         self.dirty.set(true);
         self.storage.write_at(bytes, at).map_err(|error| Error::io(error, format!("can't be written at {at:#x}")))
     }
 
     fn sync(&self) -> Result<()> {
-        if self.dry {
-            return Ok(());
-        }
         self.dirty.set(false);
         // Whatever the reason, nothing is known of what was written.
         self.storage.sync().map_err(|error| Error::io(error, "can't be synced").with_kind(ErrorKind::Io))
     }
+}
+
+/// True when the data of a block whose slot begins here is aligned.
+fn is_aligned(layout: &Layout, slot_start: u64) -> bool {
+    (slot_start + layout.bitmap_len()) % DATA_ALIGNMENT == 0
 }

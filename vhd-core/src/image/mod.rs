@@ -2,6 +2,7 @@
 //!
 //! What is where:
 //! `open` reads footers and headers, `prepare` mends them for writing; `bat`, `bitmap` and `space` hold what is known of the blocks;
+//! `order` walks them as they lie in the file, however many there are, and `blocks` moves them;
 //! `read`, `write` and `zero` serve requests; `commit` makes them durable in the order that
 //! `docs/crash-consistency.md` gives. Only `write` and `zero` change BAT entries in memory, only `commit` in the file.
 //!
@@ -19,6 +20,7 @@ mod flushes;
 mod footers;
 mod grace;
 mod open;
+mod order;
 mod prepare;
 mod read;
 mod relink;
@@ -40,6 +42,7 @@ pub use create::{CreateOptions, Created, NewKind, ParentLink, create, create_fil
 pub(crate) use create::{create_file_for, locator_texts};
 pub use footers::{Authority, Footers};
 pub use open::{OpenOptions, SizePolicy};
+pub(crate) use order::{Entries, Order, PlacedBlock, TablePart};
 pub use read::{Run, RunKind};
 pub(crate) use staged::{Staged, refusal};
 pub use zero::ZeroMode;

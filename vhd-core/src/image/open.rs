@@ -11,7 +11,7 @@ use super::bitmap::BitmapCache;
 use super::commit::Meta;
 use super::flushes::Flushes;
 use super::footers::{Authority, Footers};
-use super::prepare::{check_metadata, footer_place, free_ranges, mend, mend_fixed, scan_blocks};
+use super::prepare::{Mended, check_metadata, footer_place, mend, mend_fixed, scan_blocks};
 use super::staged::refusal;
 use super::{Image, Sparse};
 use crate::error::{Error, ErrorKind, Result, fail};
@@ -71,12 +71,24 @@ impl Image {
     /// # Errors
     /// `NotVhd`, `Corrupt`, `Unsupported`, `Refused`; as the host fails. The file is as it was then.
     pub fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result<Arc<Self>> {
-        let image = open(storage, path, options).map_err(|error| error.at(path))?;
+        let (image, mended) = open(storage, path, options).map_err(|error| error.at(path))?;
+        // Opening for writing is all that the user asked for: what else it did must be said.
+        mended.iter().for_each(|note| tracing::warn!("{}: {note}", path.display()));
+        Ok(Self::opened(image, options))
+    }
+
+    /// As [`Self::open`], where the file is only seen as changed: what is mended there is not told.
+    pub(crate) fn open_changed(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result<Arc<Self>> {
+        let (image, _) = open(storage, path, options).map_err(|error| error.at(path))?;
+        Ok(Self::opened(image, options))
+    }
+
+    fn opened(image: Self, options: &OpenOptions) -> Arc<Self> {
         let image = Arc::new(image);
         if let (true, Some(interval)) = (options.writable, options.background_flush) {
             let _ = image.background.set(Flusher::new(Arc::downgrade(&image), interval));
         }
-        Ok(image)
+        image
     }
 
     /// Opens for reading what was open for writing until a change of it failed, so that nobody knows what the medium holds:
@@ -86,7 +98,7 @@ impl Image {
     /// As [`Self::open`].
     pub(crate) fn open_latched(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions, why: &Error) -> Result<Arc<Self>> {
         let look = OpenOptions { writable: false, ..options.clone() };
-        let mut image = open(storage, path, &look).map_err(|error| error.at(path))?;
+        let (mut image, _) = open(storage, path, &look).map_err(|error| error.at(path))?;
         image.read_only = false;
         image.latch_for(why);
         Ok(Arc::new(image))
@@ -115,28 +127,27 @@ pub(super) struct Found {
     warnings: Vec<String>,
 }
 
-fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result<Image> {
+/// The image, and what was mended.
+fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result<(Image, Vec<String>)> {
     let (found, sparse) = examine(&*storage, path, options)?;
     let mut file_len = found.footers.file_len;
-    let mut meta = Meta::default();
+    let (mut meta, mut notes) = (Meta::default(), Vec::new());
     if options.writable {
         refuse_writing(&found, sparse.as_ref(), options)?;
         // What a killed process wrote is in the page cache only: what we read and build upon must not change
         // if the power fails.
         storage.sync().map_err(|error| Error::io(error, "can't be synced"))?;
         if let Some(sparse) = &sparse {
-            let blocks = scan_blocks(&*storage, sparse, &found)?;
-            let free = free_ranges(sparse, &blocks, &found.footers);
-            let data_end = blocks.last().map_or(0, |&sector| sparse.layout.slot(sector).end);
-            let end = data_end.max(sparse.metadata_end(found.footers.file_len));
-            let place = footer_place(sparse, &blocks, &found.footers, end);
-            meta = Meta::new(u32::try_from(blocks.len()).unwrap_or(u32::MAX), free, place);
-            file_len = mend(&*storage, sparse, &found, end)?;
+            let scanned = scan_blocks(&*storage, sparse, &found)?;
+            let end = scanned.end.max(sparse.metadata_end(found.footers.file_len));
+            let place = footer_place(scanned.are_aligned, &found.footers, end);
+            meta = Meta::new(scanned.blocks, scanned.free, place);
+            Mended { file_len, notes } = mend(&*storage, sparse, &found, end)?;
         } else {
-            file_len = mend_fixed(&*storage, &found)?;
+            Mended { file_len, notes } = mend_fixed(&*storage, &found)?;
         }
     }
-    Ok(Image {
+    let image = Image {
         storage,
         path: path.to_owned(),
         footer: found.footer,
@@ -151,7 +162,8 @@ fn open(storage: Arc<dyn Storage>, path: &Path, options: &OpenOptions) -> Result
         latch: OnceLock::new(),
         background: OnceLock::new(),
         file_len: AtomicU64::new(file_len),
-    })
+    };
+    Ok((image, notes))
 }
 
 /// Reads what says what the image is.

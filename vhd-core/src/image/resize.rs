@@ -7,9 +7,7 @@ use std::sync::Arc;
 use super::blocks::Blocks;
 use super::{Footers, Image, OpenOptions};
 use crate::error::{Error, ErrorKind, Result, fail};
-use crate::format::{
-    BAT_ENTRY_LEN, BAT_UNUSED, Batmap, DiskType, DynamicHeader, FOOTER_LEN, Footer, HEADER_LEN, LocatorEntry, SECTOR,
-};
+use crate::format::{BAT_ENTRY_LEN, Batmap, DiskType, DynamicHeader, FOOTER_LEN, Footer, HEADER_LEN, LocatorEntry, SECTOR};
 use crate::layout::{DATA_ALIGNMENT, FooterPlace};
 use crate::storage::Storage;
 
@@ -17,6 +15,8 @@ use crate::storage::Storage;
 const HEADER_AT: u64 = FOOTER_LEN as u64;
 /// Where the BAT may be at the earliest.
 const HEADER_END: u64 = HEADER_AT + HEADER_LEN as u64;
+/// Bytes that are written at once.
+const CHUNK: usize = 1 << 20;
 /// Bytes that the locators which move may have together: they are paths.
 const MAX_LOCATORS: u64 = 16 << 20;
 
@@ -77,7 +77,7 @@ struct Front {
 impl Front {
     fn plan(storage: &dyn Storage, old: &DynamicHeader, blocks: &Blocks, entries: u32, batmap: Option<&Batmap>) -> Result<Self> {
         let used: Vec<_> = old.locators().filter(LocatorEntry::is_used).collect();
-        let first_slot = blocks.first_slot().unwrap_or(u64::MAX);
+        let first_slot = blocks.first_slot()?.unwrap_or(u64::MAX);
         let before = |at: u64| {
             let ends = used.iter().map(|entry| entry.data_offset.saturating_add(entry.reserved_len()));
             ends.filter(|end| *end <= at).max().unwrap_or(HEADER_END).max(HEADER_END).next_multiple_of(SECTOR)
@@ -133,10 +133,11 @@ impl Relayout<'_> {
         // An image that holds no block may end before the new table does, which must not lie over the copy that counts.
         let header_at = footers.file_len.max(front.end).next_multiple_of(DATA_ALIGNMENT);
         let bat_at = header_at + HEADER_LEN as u64;
-        let bat_len = (self.blocks.entries().len() as u64 * BAT_ENTRY_LEN).next_multiple_of(SECTOR);
+        let (old_bat, blocks) = self.blocks.table();
+        let bat_len = (u64::from(blocks) * BAT_ENTRY_LEN).next_multiple_of(SECTOR);
         let mut at = bat_at + bat_len;
         let mut passing = self.old.clone();
-        passing.set_table(bat_at, u32::try_from(self.blocks.entries().len()).unwrap_or(u32::MAX));
+        passing.set_table(bat_at, blocks);
         // Those that stay where they are do so in both headers.
         let mut moving = front.payloads.iter();
         let mut payloads = Vec::new();
@@ -160,7 +161,7 @@ impl Relayout<'_> {
         let copy = || {
             self.storage.set_len(len).map_err(|error| Error::io(error, format!("can't grow to {len} bytes")))?;
             self.write(&passing.to_bytes(), header_at)?;
-            self.write_table(self.blocks.entries().len(), bat_at)?;
+            self.write_table(old_bat, blocks, bat_at)?;
             payloads.into_iter().try_for_each(|(at, payload)| self.write(payload, at))?;
             self.write(&self.footer.to_bytes(), len - SECTOR)
         };
@@ -173,10 +174,10 @@ impl Relayout<'_> {
         self.sync()?;
         // What is at the front is nobody's now.
         self.write(&front.header.to_bytes(), HEADER_AT)?;
-        self.write_table(front.header.max_table_entries() as usize, front.header.bat_offset())?;
+        self.write_table(bat_at, front.header.max_table_entries(), front.header.bat_offset())?;
         if let Some((header, map_len)) = &front.batmap {
             self.write(header, front.batmap_at)?;
-            self.write(&vec![0; *map_len as usize], front.batmap_at + SECTOR)?;
+            self.zero(front.batmap_at + SECTOR, *map_len)?;
         }
         front.payloads.iter().try_for_each(|(at, payload)| self.write(payload, *at))?;
         self.sync()?;
@@ -186,12 +187,28 @@ impl Relayout<'_> {
         self.lead(&footer, len)
     }
 
-    /// Writes the table for as many blocks: those there are, then unused ones.
-    fn write_table(&self, entries: usize, at: u64) -> Result<()> {
-        let room = (entries as u64 * BAT_ENTRY_LEN).next_multiple_of(SECTOR) / BAT_ENTRY_LEN;
-        let all = self.blocks.entries().iter().take(entries).copied().chain(std::iter::repeat(BAT_UNUSED));
-        let bytes: Vec<u8> = all.take(room as usize).flat_map(u32::to_be_bytes).collect();
-        self.write(&bytes, at)
+    /// Writes the table for as many blocks: those there are in the table at `from`, then unused ones.
+    fn write_table(&self, from: u64, entries: u32, at: u64) -> Result<()> {
+        let there = u64::from(self.blocks.table().1.min(entries)) * BAT_ENTRY_LEN;
+        let len = (u64::from(entries) * BAT_ENTRY_LEN).next_multiple_of(SECTOR);
+        let mut buffer = vec![0; CHUNK];
+        let mut done = 0;
+        while done < len {
+            let bytes = &mut buffer[..(len - done).min(CHUNK as u64) as usize];
+            let old = there.saturating_sub(done).min(bytes.len() as u64) as usize;
+            bytes[old..].fill(0xFF);
+            self.storage
+                .read_at(&mut bytes[..old], from + done)
+                .map_err(|error| Error::io(error, format!("can't be read at {:#x}", from + done)))?;
+            self.write(bytes, at + done)?;
+            done += bytes.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn zero(&self, at: u64, len: u64) -> Result<()> {
+        let zeros = vec![0; CHUNK];
+        (0..len).step_by(CHUNK).try_for_each(|done| self.write(&zeros[..(len - done).min(CHUNK as u64) as usize], at + done))
     }
 
     /// Makes both footers this one: either alone is right, in whatever order they arrive.

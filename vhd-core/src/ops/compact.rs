@@ -13,13 +13,15 @@ use crate::block::Disk;
 use crate::chain::{Chain, ChainOptions, Layer, find_children, uuid_of_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DiskType, SECTOR};
-use crate::image::{Below, Blocks, Image, OpenOptions};
+use crate::image::{Below, Blocks, Image, OpenOptions, PlacedBlock};
 use crate::layout::Layout;
 use crate::progress::Progress;
 use crate::storage::AlignedBuffer;
 
 /// Bytes of a block that are looked at first: most that hold data show it here.
 const FIRST_LOOK: usize = 64 << 10;
+/// Bytes of a block that are looked at at once: blocks have up to 256 MiB.
+const PIECE: u64 = 2 << 20;
 
 /// How an image is compacted.
 #[derive(Clone, Copy, Debug, Default)]
@@ -108,23 +110,24 @@ fn refuse_parent(path: &Path, options: &CompactOptions) -> Result<()> {
 fn run(image: &Image, chain: &Chain, options: &CompactOptions, unneeded: &Unneeded, progress: &Progress) -> Result<Compacted> {
     let Some(layout) = image.layout() else { return Ok(Compacted::default()) };
     let mut blocks = Blocks::of(image, options.dry_run)?;
-    let order = blocks.in_file_order();
-    let mut done = Compacted { len_before: blocks.file_len(), blocks: order.len() as u64, ..Compacted::default() };
+    let (storage, order) = (blocks.storage(), blocks.order()?);
+    let mut done = Compacted { len_before: blocks.file_len(), blocks: order.count(), ..Compacted::default() };
     progress.set_total(done.blocks * layout.block_size());
     let parent = (image.footer().disk_type() == DiskType::Differencing).then(|| chain.below());
     let parent = parent.as_ref().map(|parent| parent as &dyn Below);
-    let mut survey =
-        Survey { layout, parent, unneeded, ours: Vec::new(), theirs: AlignedBuffer::new(layout.block_size() as usize) };
-    let mut buffer = AlignedBuffer::new(layout.block_size() as usize);
-    for block in order {
-        match survey.judge(&mut blocks, block, &mut buffer)? {
+    let piece = layout.block_size().min(PIECE) as usize;
+    let mut survey = Survey { layout, parent, unneeded, ours: Vec::new(), theirs: AlignedBuffer::new(piece) };
+    let mut buffer = AlignedBuffer::new(piece);
+    let mut cursor = order.ascending();
+    while let Some(placed) = cursor.next(&*storage)? {
+        match survey.judge(&mut blocks, placed, &mut buffer)? {
             Verdict::Keep => {}
             Verdict::Drop => {
-                blocks.free(block);
+                blocks.free(placed.block())?;
                 done.dropped += 1;
             }
             Verdict::Clear(bitmap, sectors) => {
-                blocks.set_bitmap(block, &bitmap)?;
+                blocks.set_bitmap(placed.sector(), &bitmap)?;
                 done.cleared += sectors;
             }
         }
@@ -137,7 +140,7 @@ fn run(image: &Image, chain: &Chain, options: &CompactOptions, unneeded: &Unneed
     if options.realign {
         done.moved += blocks.align(&mut advance)?;
     }
-    done.moved += blocks.fill_gaps(&mut advance)?;
+    done.moved += blocks.fill_gaps(options.realign, &mut advance)?;
     blocks.cut()?;
     done.bytes_moved = done.moved * layout.slot_len();
     done.len_after = blocks.file_len();
@@ -163,14 +166,14 @@ struct Survey<'a> {
 }
 
 impl Survey<'_> {
-    fn judge(&mut self, blocks: &mut Blocks, block: u32, buffer: &mut AlignedBuffer) -> Result<Verdict> {
-        self.needed(block);
+    fn judge(&mut self, blocks: &mut Blocks, placed: PlacedBlock, buffer: &mut AlignedBuffer) -> Result<Verdict> {
+        self.needed(placed.block());
         if self.ours.is_empty() {
             return Ok(Verdict::Drop);
         }
         match self.parent {
-            None => self.judge_dynamic(blocks, block, buffer),
-            Some(parent) => self.judge_differencing(blocks, block, parent, buffer),
+            None => self.judge_dynamic(blocks, placed.sector(), buffer),
+            Some(parent) => self.judge_differencing(blocks, placed, parent, buffer),
         }
     }
 
@@ -197,18 +200,18 @@ impl Survey<'_> {
         }
     }
 
-    fn judge_dynamic(&self, blocks: &mut Blocks, block: u32, buffer: &mut AlignedBuffer) -> Result<Verdict> {
-        if blocks.is_hole(block)? {
+    fn judge_dynamic(&self, blocks: &mut Blocks, sector: u32, buffer: &mut AlignedBuffer) -> Result<Verdict> {
+        if blocks.is_hole(sector)? {
             return Ok(Verdict::Drop);
         }
-        let bitmap = blocks.bitmap(block)?;
+        let bitmap = blocks.bitmap(sector)?;
         let all_present = bitmap.iter().all(|byte| *byte == 0xFF);
         for range in &self.ours {
             let mut at = range.start;
             while at < range.end {
                 let most = if at == range.start { FIRST_LOOK } else { buffer.len() };
                 let len = most.min((range.end - at) as usize);
-                blocks.read_data(block, at, &mut buffer[..len])?;
+                blocks.read_data(sector, at, &mut buffer[..len])?;
                 // A clear bit is zero whatever lies under it.
                 let is_data = |bytes: &[u8], first: u64| {
                     let mut sectors = bytes.chunks(SECTOR as usize).zip(first..);
@@ -226,11 +229,12 @@ impl Survey<'_> {
     fn judge_differencing(
         &mut self,
         blocks: &Blocks,
-        block: u32,
+        placed: PlacedBlock,
         parent: &dyn Below,
         buffer: &mut AlignedBuffer,
     ) -> Result<Verdict> {
-        let mut bitmap = blocks.bitmap(block)?;
+        let block = placed.block();
+        let mut bitmap = blocks.bitmap(placed.sector())?;
         if is_zero(&bitmap) {
             return Ok(Verdict::Drop);
         }
@@ -243,7 +247,9 @@ impl Survey<'_> {
         while sector < sectors {
             let first = sector;
             let present = is_present(&bitmap, first);
-            while sector < sectors && is_present(&bitmap, sector) == present {
+            // No more at once than the buffers hold.
+            let most = first + self.theirs.len() as u64 / SECTOR;
+            while sector < sectors.min(most) && is_present(&bitmap, sector) == present {
                 sector += 1;
             }
             if !present {
@@ -251,7 +257,7 @@ impl Survey<'_> {
             }
             let range = first * SECTOR..(sector * SECTOR).min(self.layout.block_len(block));
             let len = (range.end - range.start) as usize;
-            blocks.read_data(block, range.start, &mut buffer[..len])?;
+            blocks.read_data(placed.sector(), range.start, &mut buffer[..len])?;
             parent.read_below(&mut self.theirs[..len], self.layout.block_start(block) + range.start)?;
             let pairs = buffer[..len].chunks(SECTOR as usize).zip(self.theirs[..len].chunks(SECTOR as usize));
             let same = pairs.zip(first..).filter(|((ours, theirs), _)| ours == theirs).map(|(_, sector)| sector);

@@ -19,6 +19,24 @@ pub fn dynamic(layout: Layout) -> FixtureSpec {
         .block(5, BlockFill::tags(1, 2))
 }
 
+/// Blocks 0 to 5 of eight.
+pub fn full(layout: Layout) -> FixtureSpec {
+    (0..6).fold(FixtureSpec { block_size: BLOCK, ..FixtureSpec::new(Kind::Dynamic, layout, 4 * MIB) }, |spec, block| {
+        spec.block(block, BlockFill::tags(1, 10 + u64::from(block)))
+    })
+}
+
+/// Lays the blocks so many sectors too near to each other, in the order of blocks, as another tool's bug did: each is written over
+/// the end of the one before.
+fn crowd(bytes: &mut [u8], placed: &Placed, sectors: u32) {
+    let slot_len = at(placed.bitmap_len) + BLOCK as usize;
+    for (number, (&block, &from)) in (0_u32..).zip(&placed.blocks) {
+        let to = at(from) - (sectors * number) as usize * 512;
+        bytes.copy_within(at(from)..at(from) + slot_len, to);
+        set_bat_entry(bytes, placed, u64::from(block), u32::try_from(to / 512).unwrap());
+    }
+}
+
 pub fn parent() -> Parent {
     Parent::named(BASE_UUID, "base.vhd").locator(Locator::w2ku("C:\\vm\\base.vhd")).locator(Locator::w2ru(".\\base.vhd"))
 }
@@ -216,6 +234,25 @@ fn block_cases() -> Vec<Case> {
             let first = bat_entry(bytes, placed, 0);
             set_bat_entry(bytes, placed, 7, first + 9);
         }),
+        case("one sector too near", full(Layout::Classic), &[Code::BlocksOverlap], |bytes, placed| crowd(bytes, placed, 1)),
+        case("many on one place", full(Layout::Windows8), &[Code::BlockDuplicate, Code::BlocksOverlap, Code::LeakedSpace], {
+            |bytes, placed| {
+                let first = bat_entry(bytes, placed, 0);
+                for (block, sectors) in [(1, 0), (2, 3), (3, 700), (7, 3), (6, 1100)] {
+                    set_bat_entry(bytes, placed, block, first + sectors);
+                }
+            }
+        }),
+        case("one of many over metadata", full(Layout::Classic), &[Code::BlockOverMetadata], |bytes, placed| {
+            let first = bat_entry(bytes, placed, 0);
+            set_bat_entry(bytes, placed, 0, first - 1);
+        }),
+        case(
+            "several cut",
+            FixtureSpec { trailing: Trailing::Missing, ..full(Layout::Classic) },
+            &[Code::BlockCut, Code::BlockOutside, Code::TrailingFooterMissing],
+            |bytes, _| bytes.truncate(bytes.len() - 3 * BLOCK as usize / 2),
+        ),
         case("leaked block", classic(), &[Code::LeakedSpace], |bytes, placed| set_bat_entry(bytes, placed, 0, 0xFFFF_FFFF)),
         untouched("leaked tail", FixtureSpec { slack: 4 * MIB, ..dynamic(Layout::Windows8) }, &[Code::LeakedSpace]),
         deep(untouched("data under clear bits", classic().block(1, BlockFill::tags_present(1, 1, [4])), {

@@ -1,11 +1,11 @@
 //! tapdisk's batmap against the file, its checksum and the BAT.
 
-use super::blocks::Blocks;
 use super::footer::Basis;
 use super::header::{Header, Table};
 use super::{Check, Code, Region};
 use crate::error::Result;
-use crate::format::{BATMAP_COOKIE, Batmap, SECTOR};
+use crate::format::{BAT_UNUSED, BATMAP_COOKIE, Batmap, SECTOR};
+use crate::image::{Entries, TablePart};
 
 const PLACE: &str = "batmap";
 /// tapdisk writes a batmap from this creator version on.
@@ -21,13 +21,6 @@ impl Map {
     /// True when the map calls a block full.
     pub(super) fn is_full(&self, block: u32) -> bool {
         self.bits.get(block as usize / 8).is_some_and(|byte| byte >> (7 - block % 8) & 1 == 1)
-    }
-
-    /// The blocks that the map calls full.
-    fn full(&self) -> impl Iterator<Item = u32> + '_ {
-        let bytes = self.bits.iter().enumerate().filter(|&(_, &byte)| byte != 0);
-        let blocks = bytes.flat_map(|(index, _)| index as u32 * 8..index as u32 * 8 + 8);
-        blocks.filter(|&block| block < self.blocks && self.is_full(block))
     }
 }
 
@@ -115,19 +108,30 @@ impl Check<'_> {
     }
 
     /// Bits for blocks that are not allocated: tapdisk takes them at their word when the block is.
-    pub(super) fn batmap_against_bat(&mut self, map: &Map, blocks: &Blocks) {
-        let mut allocated = vec![0_u8; map.bits.len()];
-        for entry in &blocks.entries {
-            if let Some(byte) = allocated.get_mut(entry.block() as usize / 8) {
-                *byte |= 0x80 >> (entry.block() % 8);
-            }
-        }
-        for block in map.full() {
-            if allocated[block as usize / 8] & 0x80 >> (block % 8) == 0 {
-                self.findings.add_with(Code::BatmapUnallocated, || {
+    pub(super) fn batmap_against_bat(&mut self, map: &Map, table: &Table) -> Result<()> {
+        let (storage, len) = (self.storage, self.file_len);
+        let judge = |this: &mut Self, block: u32| {
+            if map.is_full(block) {
+                this.findings.add_with(Code::BatmapUnallocated, || {
                     (format!("batmap bit {block}"), "is set, but the block is not allocated".into())
                 });
             }
-        }
+        };
+        TablePart { offset: table.offset, blocks: 0..table.entries }.scan(storage, &mut |entries| {
+            match entries {
+                Entries::Zeros(blocks) => blocks.into_iter().for_each(|block| judge(self, block)),
+                Entries::Read(first, entries) => {
+                    for (block, entry) in (first..).zip(entries) {
+                        let sector = u32::from_be_bytes(*entry);
+                        if sector == 0 || sector == BAT_UNUSED || u64::from(sector) * SECTOR >= len {
+                            judge(self, block);
+                        }
+                    }
+                }
+            }
+            Ok(true)
+        })?;
+        (table.entries..map.blocks).for_each(|block| judge(self, block));
+        Ok(())
     }
 }

@@ -171,6 +171,8 @@ codes! {
     /// Space in the file that could hold blocks and that nothing names. Not repairable while there are errors: it may
     /// hold the blocks that a damaged BAT lost.
     LeakedSpace "leaked-space" Warning true,
+    /// Space in the file that waits for blocks and takes no room of the host: blocks were freed there, or the file grew.
+    FreeSpace "free-space" Note false,
     /// tapdisk made the image, but its batmap is not there.
     BatmapMissing "batmap-missing" Note false,
     /// The batmap is not where a batmap can be, or too small for the disk.

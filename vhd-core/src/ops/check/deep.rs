@@ -4,12 +4,13 @@ use std::io;
 use std::ops::Range;
 
 use super::batmap::Map;
-use super::blocks::{Blocks, Entry};
+use super::blocks::Blocks;
 use super::footer::Basis;
 use super::header::Table;
 use super::{Check, Code};
 use crate::error::{Error, Result};
 use crate::format::{DiskType, FOOTER_COOKIE, FOOTER_LEN, Footer, SECTOR};
+use crate::image::PlacedBlock;
 use crate::layout::DATA_ALIGNMENT;
 use crate::ops::copy::is_zero;
 use crate::storage::AlignedBuffer;
@@ -48,12 +49,13 @@ impl Check<'_> {
     pub(super) fn deep_blocks(&mut self, basis: &Basis, table: &Table, blocks: &Blocks, batmap: Option<&Map>) -> Result<()> {
         let layout = &table.layout;
         if let Some(progress) = self.options.progress {
-            progress.set_total(blocks.entries.len() as u64 * layout.block_size());
+            progress.set_total(blocks.order.count() * layout.block_size());
         }
         let mut buf = AlignedBuffer::new(CHUNK.min(layout.block_size()) as usize);
         let mut bitmap = vec![0; layout.bitmap_len() as usize];
         let mut end = 0;
-        for &entry in &blocks.entries {
+        let mut cursor = blocks.order.ascending();
+        while let Some(entry) = cursor.next(self.storage)? {
             let slot = layout.slot(entry.sector());
             // A block over another one was told of; reading each of a million duplicates would take for ever.
             if slot.start < end || slot.end > basis.data_end {
@@ -84,7 +86,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn tell_block(&mut self, entry: Entry, hidden: u64, first_hidden: u64, footers: &[(u64, u64)]) {
+    fn tell_block(&mut self, entry: PlacedBlock, hidden: u64, first_hidden: u64, footers: &[(u64, u64)]) {
         let place = || format!("block {}", entry.block());
         if hidden != 0 {
             self.findings.add_with(Code::BitmapClearOverData, || {
@@ -145,15 +147,19 @@ impl Check<'_> {
     }
 
     /// The next range that is no hole. A hole may be as large as millions of blocks, so the last answer is kept.
-    fn next_data(&mut self, at: u64) -> Result<Option<Range<u64>>> {
+    pub(super) fn next_data(&mut self, at: u64) -> Result<Option<Range<u64>>> {
+        // Behind the last one is nothing but a hole.
+        const NONE: Range<u64> = u64::MAX..u64::MAX;
+        let is_some = |data: Range<u64>| Some(data).filter(|data| *data != NONE);
         if let Some((asked, data)) = &self.next_data
             && (*asked..data.end).contains(&at)
         {
-            return Ok(Some(data.clone()));
+            return Ok(is_some(data.clone()));
         }
         let next = self.storage.next_data(at).map_err(|error| Error::io(error, format!("can't be examined at {at:#x}")))?;
-        self.next_data = next.clone().map(|data| (at, data));
-        Ok(next)
+        let next = next.unwrap_or(NONE);
+        self.next_data = Some((at, next.clone()));
+        Ok(is_some(next))
     }
 
     fn advance(&self, bytes: u64) -> Result<()> {

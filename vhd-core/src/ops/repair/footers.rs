@@ -43,9 +43,9 @@ impl Repairer<'_> {
             return Ok(());
         }
         let metadata = self.metadata(&footer, &header);
-        let mut table = self.read_table(layout, header.bat_offset(), metadata)?;
+        let table = Table { layout, at: header.bat_offset(), metadata };
         if self.may_lose() && (self.is_table_wrong() || self.is_table_lost) {
-            self.right_table(&mut table, data_end)?;
+            self.right_table(&table, data_end)?;
         }
         self.put_footers(&footers, &footer, authority, &table)?;
         if self.may_lose() && self.found(Code::BatmapPlace) {
@@ -202,8 +202,8 @@ impl Repairer<'_> {
             if blocks == 0 || blocks > MAX_ENTRIES {
                 return Ok(None);
             }
-            let unused = u64::from(blocks) * BAT_ENTRY_LEN;
-            self.write(&vec![0xFF; unused.next_multiple_of(SECTOR) as usize], USUAL_TABLE)?;
+            let unused = (u64::from(blocks) * BAT_ENTRY_LEN).next_multiple_of(SECTOR);
+            self.fill(0xFF, USUAL_TABLE..USUAL_TABLE + unused)?;
         }
         let entries = Layout::new(footer.current_size(), block_size).blocks();
         let mut header = DynamicHeader::new(&NewHeader { bat_offset, max_table_entries: entries, block_size });
@@ -257,7 +257,7 @@ impl Repairer<'_> {
         let bytes = footer.to_bytes();
         let len = self.len()?;
         // Behind everything; in the file's last sector where that is free.
-        let end = table.end();
+        let end = table.end(&**self.overlay)?;
         let whole = len - len % SECTOR;
         let place = match (authority, footers.trailing_is_short) {
             (Authority::Trailing, false) if footers.trailing_at >= end && footers.trailing_at + SECTOR == len => {
@@ -314,10 +314,10 @@ impl Repairer<'_> {
         let Some(batmap) = Batmap::parse(&sector) else { return Ok(()) };
         let sectors = u64::from(table.layout.blocks()).div_ceil(8 * SECTOR);
         let map = at + SECTOR..at + SECTOR + sectors * SECTOR;
-        let is_free = table.is_free(&map) && map.end + SECTOR <= self.len()?;
+        let is_free = table.is_free(&**self.overlay, &map)? && map.end + SECTOR <= self.len()?;
         if is_free && (batmap.offset() != map.start || batmap.len() != map.end - map.start) {
-            self.write(&vec![0; (sectors * SECTOR) as usize], map.start)?;
             self.write(&batmap.cleared_at(map.start, u32::try_from(sectors).unwrap_or(u32::MAX)), at)?;
+            self.fill(0, map)?;
             self.change("tapdisk's batmap made anew, cleared");
         }
         Ok(())
@@ -331,7 +331,7 @@ impl Repairer<'_> {
         if batmap.len() > super::MAX_MOVED {
             return Ok(());
         }
-        self.write(&vec![0; batmap.len() as usize], batmap.offset())?;
+        self.fill(0, batmap.offset()..batmap.offset() + batmap.len())?;
         self.write(&batmap.cleared(), at)?;
         self.change("tapdisk's batmap cleared");
         Ok(())

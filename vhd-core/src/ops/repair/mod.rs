@@ -6,23 +6,28 @@
 
 mod footers;
 mod journal;
-mod overlay;
+mod lost;
+mod standing;
 mod table;
+mod undo;
 mod which;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use self::overlay::Overlay;
+use self::lost::Lost;
 use super::check::{CheckOptions, Code, Finding, Report, check};
 use crate::chain::ChainOptions;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Blocks, Footers, Image, OpenOptions};
 use crate::intent::{self, InPlace, Intent, Work};
 use crate::progress::Progress;
-use crate::storage::{FileStorage, LockMode, Storage};
+use crate::storage::{FileStorage, LockMode, Overlay, Storage};
 
-pub use journal::undo_repair;
+pub use journal::Journal;
+pub use standing::Standing;
+pub use undo::undo_repair;
 
 /// Bytes that blocks which fill gaps may have together; beyond that compacting does it.
 const MAX_MOVED: u64 = 64 << 20;
@@ -75,10 +80,11 @@ pub fn repair(path: &Path, mode: RepairMode, dry_run: bool, chain: &ChainOptions
     let file = Arc::new(FileStorage::open(path, !dry_run)?);
     file.lock(if dry_run { LockMode::Read } else { LockMode::Write })?;
     let storage: Arc<dyn Storage> = if dry_run { file } else { chain.host.adopt(file) };
+    undo::refuse_irregular(path)?;
     match intent::find(path)? {
         Some(Intent::InPlace(InPlace { work: Work::Repair(name), .. })) if !dry_run => {
             // Nothing but this makes an image of it again, so it is done to its end.
-            journal::put_back(&*storage, &journal::beside(path, &name)?, &Progress::default()).map_err(|error| error.at(path))?;
+            undo::put_back(&*storage, path, &name)?;
             intent::remove(&*chain.host, path)?;
         }
         Some(_) => {
@@ -89,7 +95,7 @@ pub fn repair(path: &Path, mode: RepairMode, dry_run: bool, chain: &ChainOptions
     let (overlay, mut repair) = plan_over(storage, path, mode).map_err(|error| error.at(path))?;
     progress.advance(0)?;
     if !dry_run {
-        repair.journal = journal::execute(&overlay, path, &repair, &*chain.host, progress)?;
+        repair.journal = undo::execute(&overlay, path, &repair, &*chain.host, progress)?;
     }
     Ok(repair)
 }
@@ -109,7 +115,7 @@ fn plan_over(storage: Arc<dyn Storage>, path: &Path, mode: RepairMode) -> Result
     }
     let overlay = Arc::new(Overlay::new(storage).map_err(|error| Error::io(error, "can't be examined"))?);
     let before = look(&*overlay, path)?.findings;
-    let (mut changes, mut lost, mut after) = (Vec::new(), Vec::new(), before.clone());
+    let (mut changes, mut lost, mut after) = (Vec::new(), Lost::default(), before.clone());
     // What is put right may bring to light what else is wrong.
     for _ in 0..MAX_PASSES {
         let mut repairer =
@@ -125,9 +131,9 @@ fn plan_over(storage: Arc<dyn Storage>, path: &Path, mode: RepairMode) -> Result
         changes.extend(new);
     }
     let failed = |error| Error::io(error, "can't be examined");
-    let written: usize = overlay.changes().map_err(failed)?.iter().map(|(_, bytes)| bytes.len()).sum();
+    let written: u64 = overlay.changes().map_err(failed)?.iter().map(|range| range.end - range.start).sum();
     let cut = overlay.base().len().map_err(failed)?.saturating_sub(overlay.len().map_err(failed)?);
-    Ok((Arc::clone(&overlay), Repair { changes, lost, before, after, bytes: written as u64 + cut, journal: None }))
+    Ok((Arc::clone(&overlay), Repair { changes, lost: lost.into_list(), before, after, bytes: written + cut, journal: None }))
 }
 
 fn look(storage: &dyn Storage, path: &Path) -> Result<Report> {
@@ -145,7 +151,7 @@ struct Repairer<'a> {
     /// What a check finds, as far as the repair has come.
     findings: Vec<Finding>,
     changes: Vec<String>,
-    lost: Vec<String>,
+    lost: Lost,
     /// Nothing is left of the BAT: the file is searched for blocks.
     is_table_lost: bool,
 }
@@ -171,14 +177,9 @@ impl Repairer<'_> {
         }
     }
 
-    /// Notes what is given up. Of millions of entries the first are told.
+    /// Notes what is given up.
     fn lose(&mut self, what: String) {
-        const MOST: usize = 1000;
-        match self.lost.len() {
-            MOST => self.lost.push("and more of this kind".into()),
-            count if count < MOST => self.lost.push(what),
-            _ => {}
-        }
+        self.lost.note(what);
     }
 
     fn read(&self, bytes: &mut [u8], at: u64) -> Result<()> {
@@ -192,6 +193,18 @@ impl Repairer<'_> {
         self.overlay.write_at(bytes, at).map_err(|error| Error::io(error, format!("can't be repaired at {at:#x}")))
     }
 
+    /// Writes one byte all over a range.
+    fn fill(&self, byte: u8, range: Range<u64>) -> Result<()> {
+        let bytes = [byte; 64 << 10];
+        let mut at = range.start;
+        while at < range.end {
+            let len = (range.end - at).min(bytes.len() as u64);
+            self.write(&bytes[..len as usize], at)?;
+            at += len;
+        }
+        Ok(())
+    }
+
     /// Gives back space that nothing names: only in an image that is sound otherwise, as it may hold what a table lost.
     fn leaks(&mut self) -> Result<()> {
         let path = self.path;
@@ -201,11 +214,11 @@ impl Repairer<'_> {
         }
         let storage = Arc::clone(self.overlay) as Arc<dyn Storage>;
         let open = OpenOptions { force: true, background_flush: None, ..OpenOptions::default() };
-        let image = Image::open(Arc::clone(&storage), path, &open)?;
+        let image = Image::open_changed(Arc::clone(&storage), path, &open)?;
         let before = self.len()?;
         let mut planned = Blocks::of(&image, true)?;
         let mut moved = 0;
-        planned.fill_gaps(&mut |bytes| {
+        planned.fill_gaps(false, &mut |bytes| {
             moved += bytes;
             Ok(())
         })?;
@@ -216,9 +229,9 @@ impl Repairer<'_> {
             return Ok(());
         }
         drop((image, planned));
-        let image = Image::open(storage, path, &OpenOptions { writable: true, ..open })?;
+        let image = Image::open_changed(storage, path, &OpenOptions { writable: true, ..open })?;
         let mut blocks = Blocks::of(&image, false)?;
-        blocks.fill_gaps(&mut |_| Ok(()))?;
+        blocks.fill_gaps(false, &mut |_| Ok(()))?;
         blocks.cut()?;
         self.change(format!("{cut} bytes given back that nothing named"));
         Ok(())

@@ -128,7 +128,7 @@ impl Repairer<'_> {
             if !self.may_lose() || !self.can_grow() || !is_size(size) || at == 0 {
                 return Ok(());
             }
-            self.write(&vec![0; (footers.file_len - at) as usize], at)?;
+            self.fill(0, at..footers.file_len)?;
             self.lose(format!("the last {} bytes of the disk are beyond the end of the file, and read as zeros", size - at));
             self.change("the file made as long as the disk");
             at = size;
