@@ -200,8 +200,15 @@ fn open_as_far_as(path: &Path, image: &Metadata) -> Result<()> {
     let failed = |error| Error::io(error, "can't be given the mode of the image").at(path);
     let Ok(found) = path.symlink_metadata() else { return Ok(()) };
     let is_kept = found.gid() == image.gid() || std::os::unix::fs::lchown(path, None, Some(image.gid())).is_ok();
-    let shared = if is_kept { 0o066 } else { 0 };
+    let shared = if is_kept { 0o066 & !umask() } else { 0 };
     std::fs::set_permissions(path, Permissions::from_mode(0o600 | image.mode() & shared)).map_err(failed)
+}
+
+/// The bits that this process takes from new files. To ask the system for them is to change them, for other threads too.
+fn umask() -> u32 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("Umask:"));
+    line.and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok()).unwrap_or(0o077)
 }
 
 /// Removes the last journal where it holds what the image has: its repair never began, or was put back already.
