@@ -237,7 +237,8 @@ fn what_opening_for_writing_mends_is_said() {
     let write = || text(&expect(vhd_fed(dir, "write disk.vhd --offset 0", b"data"), 0, "write").stderr);
     assert_eq!(write(), "");
     let sound = fs::read(&image).unwrap();
-    let damage: [(&str, fn(&mut Vec<u8>)); 3] = [
+    type Damage = fn(&mut Vec<u8>);
+    let damage: [(&str, Damage); 3] = [
         ("no valid footer copy at the start", |bytes| bytes[100] ^= 1),
         ("no valid trailing footer", |bytes| bytes.last_mut().map_or((), |byte| *byte ^= 1)),
         ("footer copy at the start differs", |bytes| {

@@ -193,7 +193,7 @@ fn forgeries() -> Vec<Forgery> {
         }),
         ("a range that has no end", |parts, _| {
             let last = parts.kept.last_mut().unwrap();
-            *last = u64::MAX - 511..1;
+            *last = Range { start: u64::MAX - 511, end: 1 };
         }),
         ("the same range twice", |parts, _| {
             let (first, len) = (parts.kept[0].clone(), parts.kept[0].end - parts.kept[0].start);
@@ -247,8 +247,11 @@ fn a_forged_journal_is_refused_and_changes_nothing() {
             ];
             if by_force.contains(&what) {
                 repaired.reset(&parts.encode());
-                assert!(undo(&repaired.path(), false).is_err(), "{name}: {what}");
-                assert!(std::fs::read(repaired.path()).unwrap() == repaired.image, "{name}: {what}");
+                // Where no length is borne out but the old one, the repair may have been cut before it grew the file.
+                let is_undone = undo(&repaired.path(), false).is_ok();
+                let expected = if is_undone { &repaired.case.bytes } else { &repaired.image };
+                assert!(std::fs::read(repaired.path()).unwrap() == *expected, "{name}: {what}");
+                assert!(!is_undone || what == "another length after the repair", "{name}: {what}");
                 continue;
             }
             repaired.assert_refused(&format!("{name}: {what}"), &parts.encode());
@@ -424,6 +427,9 @@ fn an_interrupted_repair_is_put_back_sector_by_sector_and_over_nothing_else() {
 #[test]
 fn a_journal_is_as_closed_as_its_image() {
     let case = case_named("cut");
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let umask = status.lines().find_map(|line| line.strip_prefix("Umask:")).unwrap();
+    let umask = u32::from_str_radix(umask.trim(), 8).unwrap();
     for (mode, expected) in [(0o600, 0o600), (0o640, 0o640), (0o644, 0o644), (0o660, 0o660), (0o777, 0o666), (0o444, 0o644)] {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = folder.path().join("disk.vhd");
@@ -436,7 +442,7 @@ fn a_journal_is_as_closed_as_its_image() {
             Err(error) => panic!("{error}"),
         };
         let (found, image) = (journal.metadata().unwrap(), path.metadata().unwrap());
-        assert_eq!(found.mode() & 0o777, expected, "image of mode {mode:o}");
+        assert_eq!(found.mode() & 0o777, expected & !umask | 0o600, "image of mode {mode:o}");
         assert_eq!((found.gid(), image.mode() & 0o777), (image.gid(), mode));
     }
 }

@@ -141,8 +141,7 @@ impl Order {
     }
 
     fn with(storage: &dyn Storage, table: TablePart, sectors: Range<u32>, together: u64) -> Result<Self> {
-        // No entry names it.
-        let sectors = sectors.start..sectors.end.min(BAT_UNUSED);
+        // The last number, which is no sector, is in no range.
         let mut order = Self { table, windows: vec![Window::Sectors(sectors.clone())], all: None, together, count: 0 };
         if order.table.blocks.len() as u64 > together {
             order.count_all(storage, &sectors)?;

@@ -283,7 +283,9 @@ impl Journal {
     /// As the host fails; `Cancelled`.
     pub fn put_back(&self, image: &dyn Storage, progress: &Progress) -> Result<()> {
         let failed = |error| Error::io(error, "can't be put back");
-        image.set_len(self.len[0]).map_err(failed)?;
+        if image.len().map_err(failed)? != self.len[0] {
+            image.set_len(self.len[0]).map_err(failed)?;
+        }
         let mut buffer = vec![0; CHUNK];
         for kept in &self.kept {
             for (at, len) in chunks(&kept.range) {
