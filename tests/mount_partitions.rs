@@ -299,15 +299,8 @@ fn lies_in_a_gpt_are_told_in_a_file_and_what_is_good_of_it_is_shown() {
     }
 }
 
-/// Two lines of fstab name two partitions of one image, and mount(8) runs the helper for both, one after the other or at once.
-#[test]
-fn partitions_of_one_image_are_mounted_one_by_one() {
-    let Some(place) = Place::with_image(TOOLS, "200M") else { return };
-    let folder = place.path();
-    for name in ["files", "second", "third"] {
-        fs::create_dir(folder.join(name)).unwrap();
-    }
-    let _cleanup = support::mounts::Cleanup(["second", "third"].map(|name| folder.join(name)).into());
+/// Three partitions with an ext4 each.
+fn make_three_partitions(folder: &Path) {
     done(folder, "mount a.vhd disk");
     let disk = folder.join("disk/disk.raw").display().to_string();
     run(
@@ -321,7 +314,18 @@ fn partitions_of_one_image_are_mounted_one_by_one() {
     done(folder, "mount a.vhd disk");
     (1..=3).for_each(|n| drop(run("mkfs.ext4", &["-q", &folder.join(format!("disk/p{n}")).display().to_string()])));
     done(folder, "unmount disk");
+}
 
+/// Two lines of fstab name two partitions of one image, and mount(8) runs the helper for both, one after the other or at once.
+#[test]
+fn partitions_of_one_image_are_mounted_one_by_one() {
+    let Some(place) = Place::with_image(TOOLS, "200M") else { return };
+    let folder = place.path();
+    for name in ["files", "second", "third"] {
+        fs::create_dir(folder.join(name)).unwrap();
+    }
+    let _cleanup = support::mounts::Cleanup(["second", "third"].map(|name| folder.join(name)).into());
+    make_three_partitions(folder);
     let helper = folder.join("mount.vhd");
     std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_vhd"), &helper).unwrap();
     let line = |part: &str, at: &str, access: &str| {

@@ -87,6 +87,7 @@ impl Listener {
     /// Takes clients for ever. On stdio there is one, and with it this ends.
     pub(super) async fn accept(&self, server: &Arc<Server>) {
         loop {
+            server.room().await;
             let came = match self {
                 Self::Unix { socket, .. } => socket.accept().await.map(|(stream, _)| (unix_peer(&stream), unix(stream))),
                 Self::Tcp(socket) => {

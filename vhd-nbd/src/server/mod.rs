@@ -32,6 +32,8 @@ use crate::pipes;
 const OF_A_CONNECTION: usize = 3;
 /// Connections that made room for others and have not ended yet, at most.
 const LEAVING: usize = 8;
+/// How long they may take before others are refused for it.
+const LEAVE_WITHIN: Duration = Duration::from_secs(1);
 /// Descriptors of the running server itself: the runtime's, the socket that is listened on, one more that is taken from it.
 const RUNNING: usize = 12;
 /// Threads that wait for disks at most: those of a few that hang, and some more.
@@ -187,6 +189,15 @@ impl Server {
     async fn served_once(&self) {
         while !(self.options.once && self.clients.are_done()) {
             self.left.notified().await;
+        }
+    }
+
+    /// Waits until connections that made room have ended, but not for those that a disk holds.
+    async fn room(&self) {
+        let began = Instant::now();
+        let full = || self.live.load(Ordering::Relaxed) >= self.most.load(Ordering::Relaxed) + LEAVING;
+        while full() && began.elapsed() < LEAVE_WITHIN {
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
 
