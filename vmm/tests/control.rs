@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use vhd_core::chain::{Chain, ChainOptions};
+use vhd_core::storage::FileStorage;
 use vhd_core::{Disk, Error, ErrorKind};
 use vhd_service::control::{Control, Request, call};
 use vhd_service::events::{Event, Events};
@@ -209,7 +210,7 @@ fn a_script_is_told_of_a_crash_and_of_little_space() {
     let (script, log) = script(folder.path());
     let disk = make_disk(folder.path(), "disk", Kind::Dynamic, 8 << 20);
     // Low, and far from the quarter at which the machine is paused.
-    let low_space = vhd_service::space::of(folder.path()).unwrap().free / 2 * 3;
+    let low_space = FileStorage::open(&disk, false).unwrap().room().unwrap().free / 2 * 3;
     let disks = vec![attached(&disk, BlockOptions::default())];
     let (said, events) = (Said::default(), Events::default());
     // The script listens before there is anything to tell.

@@ -23,7 +23,8 @@ use support::{PATIENCE, attached, definition, kvm, machine, make_disk};
 /// Fills a volume but for so many bytes.
 fn fill(volume: &Volume, but: u64) -> PathBuf {
     let file = volume.path().join("filling");
-    let free = vhd_service::space::of(volume.path()).unwrap().free;
+    std::fs::write(&file, []).unwrap();
+    let free = FileStorage::open(&file, false).unwrap().room().unwrap().free;
     std::fs::write(&file, vec![1; (free - but) as usize]).unwrap();
     file
 }
