@@ -3,9 +3,9 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Component, Path};
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
 use rustix::io::Errno;
 
 use super::folder_of;
@@ -36,8 +36,14 @@ pub fn open_beneath(folder: &Path, name: &Path, beneath: Beneath) -> Result<Opti
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         directory => directory.map_err(|error| Error::io(error, "can't be opened").at(folder))?,
     };
+    // A name alone leads nowhere else, and needs no help of a newer kernel.
+    let is_name = matches!(name.components().collect::<Vec<_>>()[..], [Component::Normal(_)]) && beneath == Beneath::NoLinks;
     let open = |flags: OFlags| loop {
-        match openat2(directory.as_fd(), name, flags | OFlags::CLOEXEC, Mode::empty(), resolve) {
+        let opened = match is_name {
+            true => openat(directory.as_fd(), name, flags | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty()),
+            false => openat2(directory.as_fd(), name, flags | OFlags::CLOEXEC, Mode::empty(), resolve),
+        };
+        match opened {
             // AGAIN: a folder on the way was renamed meanwhile.
             Err(Errno::INTR | Errno::AGAIN) => {}
             opened => return opened.map(File::from),

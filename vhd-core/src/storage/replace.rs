@@ -35,6 +35,8 @@ pub fn replace_file(
 ) -> Result<()> {
     refuse_at_once(path, overwrite)?;
     let found = std::fs::metadata(path).ok();
+    // Nobody opens what is replaced until it is gone.
+    let mut replaced = None;
     match &found {
         Some(found) if found.file_type().is_block_device() => {
             let storage = Arc::new(FileStorage::open(path, true)?);
@@ -44,7 +46,12 @@ pub fn replace_file(
             return device.sync().map_err(|error| Error::io(error, "can't be synced").at(path));
         }
         // Opening it finds folders, and images that are in use.
-        Some(_) => FileStorage::open(path, true)?.lock(LockMode::Write)?,
+        Some(_) => {
+            let old = FileStorage::open(path, true)?;
+            old.lock(LockMode::Write)?;
+            old.refuse_renamed()?;
+            replaced = Some(old);
+        }
         None => {}
     }
     let passing = passing_name(path);
@@ -67,6 +74,7 @@ pub fn replace_file(
         fill(&unnamed).map_err(|error| error.at(path))?;
         storage.sync().map_err(|error| Error::io(error, "can't be synced").at(path))?;
         let renamed = if overwrite { host.rename(&passing, path) } else { host.rename_new(&passing, path) };
+        drop(replaced);
         renamed.map_err(|error| if error.kind() == ErrorKind::Exists { exists(path) } else { error.about(path) })
     };
     made().inspect_err(|_| drop(host.remove(&passing)))?;
