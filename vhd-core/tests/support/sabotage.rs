@@ -27,8 +27,8 @@ const SHOWN_ELSEWHERE: [(&str, &str); 10] = [
     ("publish < flush_alone < ", "tests/crash: every_barrier_is_needed"),
     ("trim < close < ", "tests/crash: every_barrier_is_needed"),
     ("mend < open < before < ", "tests/opening.rs"),
-    // Of a session with one image; here there are two, and the record beside either is enough.
-    ("put_file < put < run < run_all < commit", "tests/merge.rs"),
+    // What is removed next is in the same folder here, which is synced then.
+    ("put_file < put < run < run_all", "a child in another folder than its target"),
     // Both are in one folder, which is synced with the last.
     ("replace_file < create_file_on < create_over < create_child < start", "tests/snapshots.rs"),
     ("run < set_parent < relink < ", "tests/reparent.rs"),
