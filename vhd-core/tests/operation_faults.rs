@@ -232,8 +232,9 @@ fn judge_error(error: &Error, host: &FaultHost, fault: Fault) -> Result<(), Stri
     let Some(path) = error.path().filter(|_| !text.chars().any(char::is_control)) else {
         return Err(format!("the error names no file: {text}"));
     };
-    // Records and journals are written in one go.
-    let is_image = path.extension().is_some_and(|extension| extension == "vhd" || extension == "vud");
+    // Records and journals are written in one go. (Where a journal has no room the image can't be repaired.)
+    let is_image = path.extension().is_some_and(|extension| extension == "vhd" || extension == "vud")
+        && !text.contains("is kept beside it first");
     let is_one = !matches!(fault, Fault::ForEver | Fault::NoSpaceForEver);
     match host.failed_at() {
         Some(at) if is_image && is_one && !text.contains(&format!("{at:#x}")) => {

@@ -106,7 +106,8 @@ pub(super) fn execute(
         put(host, &path, image, &|file| draft.write(file, progress))?;
         let name = path.file_name().map(PathBuf::from).unwrap_or_default();
         let begun = intent::put(host, image, &Intent::InPlace(InPlace { uuid: None, work: Work::Repair(name) }));
-        begun.inspect_err(|_| drop(host.remove(&path)))
+        // The record may have its name already, and must not outlive the journal.
+        begun.inspect_err(|_| drop(intent::remove(host, image).and_then(|()| host.remove(&path))))
     };
     match begin() {
         // Zeros that it cuts off are the same as holes: the host gets their room first, and that is enough for what is kept.
