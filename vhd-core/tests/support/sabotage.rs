@@ -30,7 +30,7 @@ const SHOWN_ELSEWHERE: [(&str, &str); 10] = [
     // What is removed next is in the same folder here, which is synced then.
     ("put_file < put < run < run_all", "a child in another folder than its target"),
     // Both are in one folder, which is synced with the last.
-    ("replace_file < create_file_on < create_over < create_child < start", "tests/snapshots.rs"),
+    ("replace_file < create_file_for < create_over < create_child < start", "tests/snapshots.rs"),
     ("run < set_parent < relink < ", "tests/reparent.rs"),
     ("run < set_size < mark < ", "tests/resize.rs"),
     ("write_table < clear_until < set_size < mark < ", "tests/resize.rs"),
