@@ -1,8 +1,8 @@
 //! The log of a process: lines on stderr.
 //!
 //! A command that does one thing writes them as they come. One that serves others must not wait for who reads its stderr, and
-//! must not write as much as its clients like. So after [`serve`] lines go into a queue with an end ([`Queue`]), which a
-//! thread of its own empties, and of lines that are alike few are kept in a time ([`limits`]).
+//! must not write as much as its clients like. So after [`serve`] lines go into a queue with an end (`Queue`), which a
+//! thread of its own empties, and of lines that are alike few are kept in a time (`limits`).
 
 mod limits;
 mod queue;
