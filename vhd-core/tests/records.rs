@@ -164,7 +164,7 @@ fn an_honest_record_of_either_form_is_finished() {
 fn what_a_record_calls_merged_is_compared_before_it_goes() {
     let it = Received::new();
     let base = it.uuid("base.vhd");
-    it.put(vec![Member { target_uuid: Some((Uuid::from_bytes([8; 16]), base)), ..it.member() }], true, false);
+    it.put(vec![Member { target_uuid: Some((base, base)), ..it.member() }], true, false);
     let error = it.merge(&deleting()).unwrap_err();
     assert_error(&error, ErrorKind::Refused, "does not hold what");
     assert!(it.path("leaf.vhd").exists());
@@ -172,9 +172,28 @@ fn what_a_record_calls_merged_is_compared_before_it_goes() {
     intent::clear(&LocalHost, &it.path("base.vhd")).unwrap();
     it.merge(&MergeOptions::default()).unwrap();
     let new = it.uuid("base.vhd");
-    it.put(vec![Member { target_uuid: Some((base, new)), ..it.member() }], true, false);
+    it.put(vec![Member { target_uuid: Some((new, new)), ..it.member() }], true, false);
     it.merge(&deleting()).unwrap();
     assert!(!it.path("leaf.vhd").exists());
+}
+
+#[test]
+fn an_image_of_the_folder_that_is_not_between_does_not_go() {
+    let it = Received::new();
+    let base = it.uuid("base.vhd");
+    it.merge(&MergeOptions::default()).unwrap();
+    // An empty child of another image: it holds nothing that could be compared.
+    new_image(&it.path("other.vhd"), NewKind::Dynamic, SIZE, BLOCK as u32);
+    new_child(&it.path("snapshot.vhd"), &it.path("other.vhd"));
+    for former in [false, true] {
+        let uuid = (!former).then(|| it.uuid("snapshot.vhd"));
+        let between = vec![Named { path: it.path("snapshot.vhd"), uuid }];
+        let target_uuid = Some((base, it.uuid("base.vhd")));
+        it.put(vec![Member { target_uuid, between, ..it.member() }], true, former);
+        let error = it.merge(&deleting()).unwrap_err();
+        assert!(it.path("snapshot.vhd").exists() && it.path("leaf.vhd").exists(), "{error}");
+        intent::clear(&LocalHost, &it.path("base.vhd")).unwrap();
+    }
 }
 
 #[test]
@@ -398,4 +417,25 @@ fn a_conversion_goes_on_where_both_files_were_renamed() {
         convert_in_place(&path("moved.vhd"), &how, &options(false), &Progress::default()).unwrap();
         assert!(read_all(&open(&path("moved.vhd"), false)) == content);
     }
+}
+
+#[test]
+fn a_raw_file_whose_content_moved_in_part_is_no_raw_disk() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = folder.path().join("disk.img");
+    let content: Vec<u8> = (0..SIZE).map(|at| (at / BLOCK) as u8 + 1).collect();
+    fs::write(&path, &content).unwrap();
+    let how = InPlaceOptions {
+        from_raw: Some(true),
+        block_size: BLOCK as u32,
+        piece: 5 * BLOCK,
+        ..InPlaceOptions::new(DiskType::Dynamic)
+    };
+    let stopped = Progress::default();
+    stopped.cancel_after(7 * BLOCK);
+    convert_in_place(&path, &how, &options(false), &stopped).unwrap_err();
+    fs::remove_file(folder.path().join("disk.img.vhd-intent")).unwrap();
+    assert_error(&Chain::open_raw(&path, false).unwrap_err(), ErrorKind::Refused, "--in-place");
+    convert_in_place(&path, &how, &options(false), &Progress::default()).unwrap();
+    assert!(read_all(&open(&path, false)) == content);
 }

@@ -79,10 +79,34 @@ fn growing(leaf: &Path, target: &Path, member: &Member, options: &MergeOptions) 
         locate(named, leaf, target, options)?.ok_or_else(missing)
     };
     let between = member.between.iter().map(located).collect::<Result<Vec<_>>>()?;
+    prove_chain(leaf, &between, member)?;
     let children = children(leaf, target, member, options)?;
     let grow_to = member.grow.as_ref().map(|grow| grow.to);
     let member = Member { target: real(target)?, leaf: real(leaf)?, between, children, ..member.clone() };
     Ok(MergePlan { member, data: 0, zeros: 0, grow_to, lost: Vec::new(), step: Step::Begun })
+}
+
+/// Refuses images that are no chain down to the target, whatever the record says: each is the parent of the one before, as the images
+/// themselves have it. The lowest may be gone already.
+fn prove_chain(leaf: &Path, between: &[Named], member: &Member) -> Result<()> {
+    let images: Vec<&Path> = std::iter::once(leaf).chain(between.iter().map(|named| &*named.path)).collect();
+    let uuids = images.iter().map(|path| uuid_of_file(path)).collect::<Result<Vec<_>>>()?;
+    let (old, new) = member.target_uuid.map_or(([0; 16], [0; 16]), |(old, new)| (old.into_bytes(), new.into_bytes()));
+    // What is below the last that is there: an image that was removed, or the target.
+    let below = member.between.get(between.len()).map_or(Some(old), |named| named.uuid.map(Uuid::into_bytes));
+    for (index, image) in images.iter().enumerate() {
+        let parent = uuids.get(index + 1).copied().flatten().or(below);
+        let is_told = index == 0 && !member.delete && is_child_of(image, new)?;
+        if !is_told && !parent.map_or(Ok(false), |parent| is_child_of(image, parent))? {
+            let message = format!(
+                "is no child of what the record of its merge into {} has below it, so the merge can't be finished; \
+                 `vhd check --clear-record` shows what was recorded",
+                member.target.display()
+            );
+            return Err(Error::new(ErrorKind::Refused, message).at(image));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses what the merge was not begun with.
@@ -135,6 +159,9 @@ fn moved(leaf: &Path, target: &Path, merge: &Merge, member: &Member, options: &M
     if !is_here && !may_be_gone {
         let message = format!("is missing, so its merge into {} can't be finished; bring it back", target.display());
         return Err(Error::new(ErrorKind::NotFound, message).at(leaf));
+    }
+    if is_here {
+        prove_chain(leaf, &between, member)?;
     }
     let children = children(leaf, target, member, options)?;
     let leaf = if is_here { real(leaf)? } else { leaf.to_owned() };
