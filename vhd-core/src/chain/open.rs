@@ -209,6 +209,10 @@ fn open_raw(path: &Path, options: &ChainOptions, above: &[[u8; 16]]) -> Result<A
     let storage = open_file(path, writable, options)?;
     storage.lock(if writable { LockMode::Write } else { LockMode::Read })?;
     options.refuse_recorded(path, None, above)?;
+    // A part of its content is in another file.
+    if let Some((stage @ Stage::ConvertSource, footer)) = stage_of(&*storage).filter(|_| !options.ignore_record) {
+        return Err(refusal(path, stage, &footer));
+    }
     let storage = if writable { options.host.adopt(storage) } else { storage };
     Ok(Arc::new(RawFile::new(storage, path, !writable)?))
 }
